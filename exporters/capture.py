@@ -1,0 +1,184 @@
+"""torch module to ONNX graph, on the meta device: shapes and operators are captured, weights never materialise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intaglio.exporters.checkpoint import Parameter, Weights
+from intaglio.exporters.component import Component
+from intaglio.profiles.errors import CheckpointError
+from intaglio.profiles.spec import Range, TensorSpec, split_axis
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+OPSET = 23
+TRACE_BATCH = 2
+PARAMETER = "intaglio.parameter"  # metadata of a graph value: the checkpoint parameter it came from
+TRANSFORM = "intaglio.transform"
+STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def capture(component: Component, config: Mapping[str, Any], weights: Weights, shapes: Mapping[str, Range]) -> ir.Model:
+    """The component's graph at opset 23 with symbolic axes; parameters are initializers that read on demand.
+
+    Args:
+        component: what to build and its tensor facts.
+        config: the component's ``config.json``.
+        weights: the component's parameters.
+        shapes: ranges of the axes; the trace happens off their bounds.
+
+    Raises:
+        CheckpointError: parameters are missing, left over, or of another shape.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), torch.no_grad():
+        module = component.build(config)
+    buffers = {name: b.numpy().copy() for name, b in module.named_buffers()}
+    parameters = match_parameters(component, module, weights)
+    module = module.to("meta").eval()
+    with quiet(), torch.no_grad():
+        program = torch.export.export(
+            module,
+            tuple(trace_input(s, shapes) for s in component.inputs),
+            dynamic_shapes=dynamic_shapes(component, shapes),
+            strict=False,
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=[s.name for s in component.inputs],
+            output_names=[s.name for s in component.outputs],
+            verbose=False,
+        )
+    model: ir.Model = exported.model
+    bind(model, component, parameters, buffers)
+    name_axes(model, component)
+    return model
+
+
+def match_parameters(component: Component, module: torch.nn.Module, weights: Weights) -> dict[str, Parameter]:
+    """Graph parameter name to checkpoint tensor, complete and without leftovers.
+
+    Raises:
+        CheckpointError: with the first names that do not match.
+    """
+    import re
+
+    found = {n: p for n, p in weights.renamed(component.rename).items() if not re.search(component.ignore, n)}
+    shapes = {n.removeprefix(component.prefix): tuple(p.shape) for n, p in module.named_parameters()}
+    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    where = weights.files[0]
+    if missing or extra:
+        raise CheckpointError(
+            f"{where} does not fit its config.json: {len(missing)} parameters missing {missing[:2]}, "
+            f"{len(extra)} unknown {extra[:2]}"
+        )
+    for name, shape in shapes.items():
+        if tuple(found[name].shape) != shape and int(np.prod(found[name].shape)) != int(np.prod(shape)):
+            raise CheckpointError(f"{where}: {name} has shape {found[name].shape}, config.json implies {shape}")
+        if found[name].dtype not in STORED_DTYPES:
+            raise CheckpointError(f"{where}: {name} is {found[name].dtype}; allowed: {', '.join(STORED_DTYPES)}")
+    return {component.prefix + name: found[name] for name in shapes}
+
+
+def trace_input(spec: TensorSpec, shapes: Mapping[str, Range]) -> torch.Tensor:
+    """A meta tensor of the trace size: batch 2, sides different from each other and from every bound."""
+    import torch
+
+    sizes = spec.sizes({axis: trace_size(axis, r) for axis, r in shapes.items()})
+    return torch.zeros(sizes, dtype=getattr(torch, spec.dtype), device="meta")
+
+
+def trace_size(axis: str, bounds: Range) -> int:
+    """A size strictly inside the range; torch.export specialises on bounds, on 1 and on equal axes."""
+    if axis == "batch":
+        return TRACE_BATCH
+    offset = {"height": 3, "width": 5}.get(axis, 2)
+    steps = (bounds.max - bounds.min) // bounds.multiple
+    return bounds.min + bounds.multiple * min(offset, max(steps - 1, 0))
+
+
+def dynamic_shapes(component: Component, shapes: Mapping[str, Range]) -> tuple[dict[int, Any], ...]:
+    """torch.export Dims of every input axis; pixel axes are multiples of the latent ones."""
+    import torch
+
+    bases: dict[str, Any] = {}
+
+    def dim(expression: str) -> Any:
+        axis, divisor = split_axis(expression)
+        bounds = shapes[axis]
+        name = axis if bounds.multiple == 1 else f"{axis}_steps"
+        base = bases.setdefault(
+            axis, torch.export.Dim(name, min=bounds.min // bounds.multiple, max=bounds.max // bounds.multiple)
+        )
+        factor = bounds.multiple // divisor
+        return base if factor == 1 else factor * base
+
+    return tuple({i: dim(d) for i, d in enumerate(s.shape) if isinstance(d, str)} for s in component.inputs)
+
+
+def bind(
+    model: ir.Model, component: Component, parameters: Mapping[str, Parameter], buffers: Mapping[str, np.ndarray]
+) -> None:
+    """Give every initializer its data: parameters lazily from the checkpoint, buffers and constants by value."""
+    import onnx_ir as ir
+
+    for name, value in model.graph.initializers.items():
+        if name in parameters:
+            parameter = parameters[name]
+            value.const_value = lazy(parameter, tuple(int(d) for d in value.const_value.shape))
+            value.metadata_props[PARAMETER] = name.removeprefix(component.prefix)
+            value.dtype = ir.DataType.FLOAT
+        elif name in buffers:
+            value.const_value = ir.tensor(buffers[name], name=name)
+
+
+def lazy(parameter: Parameter, shape: tuple[int, ...]) -> ir.LazyTensor:
+    """A float32 view of a checkpoint tensor that is read when it is needed and not kept."""
+    import onnx_ir as ir
+
+    def read() -> ir.Tensor:
+        return ir.tensor(np.ascontiguousarray(parameter.read().astype(np.float32).reshape(shape)))
+
+    tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), cache=False)
+    tensor.metadata_props["stored"] = STORED_DTYPES[parameter.dtype]
+    return tensor
+
+
+def name_axes(model: ir.Model, component: Component) -> None:
+    """Write the tensor facts' axis names on the graph's inputs and outputs."""
+    import onnx_ir as ir
+
+    for values, specs in ((model.graph.inputs, component.inputs), (model.graph.outputs, component.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+            value.shape = ir.Shape(spec.shape)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's export chatter; errors still raise."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

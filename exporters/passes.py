@@ -1,0 +1,179 @@
+"""Our graph passes, on onnx-ir: from what torch exports to the canonical form every target takes.
+
+Canonical linear: ``MatMul(x, W[K, N])`` then ``Add``; never Gemm, never a Transpose of a weight, one initializer per
+consumer. Constants are initializers, sequences are gone, small shape arithmetic is folded. No pass drops the binding
+of a parameter (the metadata `PARAMETER` and `TRANSFORM` of its value).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, Sequential, common
+
+from intaglio.exporters.capture import PARAMETER, TRANSFORM
+
+FOLD_LIMIT_BYTES = 4096
+
+
+def canonicalize(model: ir.Model) -> None:
+    """Run every pass in order, in place."""
+    Sequential(
+        common.InlinePass(),
+        common.IdentityEliminationPass(),
+        SplitSequencePass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        FoldPass(),
+        LinearPass(),
+        OneConsumerPass(),
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+    )(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def is_parameter(value: ir.Value | None) -> bool:
+    """Whether a value is an initializer that came from the checkpoint."""
+    return value is not None and PARAMETER in value.metadata_props
+
+
+class SplitSequencePass(InPlacePass):
+    """``SplitToSequence`` with ``SequenceAt`` (torch's chunk) as one ``Split``."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See the class."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type != "SplitToSequence":
+                continue
+            uses = [use.node for use in node.outputs[0].uses()]
+            indices = [int(_constant(use.inputs[1])) for use in uses]
+            axis = node.attributes["axis"].as_int()
+            sizes = _constant(node.inputs[1])
+            # A scalar is the size of each part, not their number; count the parts that are used.
+            outputs = max(indices) + 1 if sizes.ndim == 0 else len(sizes)
+            split = ir.node("Split", [node.inputs[0]], {"axis": axis, "num_outputs": outputs}, num_outputs=outputs)
+            model.graph.insert_before(node, split)
+            for use, index in zip(uses, indices, strict=True):
+                _replace(model, use.outputs[0], split.outputs[index])
+                model.graph.remove(use, safe=True)
+            model.graph.remove(node, safe=True)
+            changed = True
+        return PassResult(model, modified=changed)
+
+
+class FoldPass(InPlacePass):
+    """Fold arithmetic on constants; parameters are left alone, so that their bindings survive."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See the class."""
+        from onnxscript.optimizer import fold_constants
+
+        result = fold_constants(
+            model,
+            onnx_shape_inference=False,
+            input_size_limit=FOLD_LIMIT_BYTES,
+            output_size_limit=FOLD_LIMIT_BYTES,
+            should_fold=lambda node: False if any(is_parameter(i) for i in node.inputs) else None,
+        )
+        return PassResult(model, modified=bool(result.modified))
+
+
+class LinearPass(InPlacePass):
+    """``Gemm`` and ``MatMul(x, Transpose(W))`` as ``MatMul(x, W')`` (and ``Add``), W' = W transposed at reading."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See the class."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type == "Gemm" and is_parameter(node.inputs[1]):
+                self._split_gemm(model, node)
+                changed = True
+            elif node.op_type == "MatMul" and self._transposes_parameter(node.inputs[1]):
+                producer = node.inputs[1].producer()
+                node.replace_input_with(1, transposed(model, producer.inputs[0]))
+                changed = True
+        return PassResult(model, modified=changed)
+
+    @staticmethod
+    def _transposes_parameter(value: ir.Value | None) -> bool:
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type != "Transpose" or not is_parameter(producer.inputs[0]):
+            return False
+        return list(producer.attributes["perm"].as_ints()) == [1, 0]
+
+    @staticmethod
+    def _split_gemm(model: ir.Model, node: ir.Node) -> None:
+        flags = {name: attribute.value for name, attribute in node.attributes.items()}
+        if flags.get("alpha", 1.0) != 1.0 or flags.get("beta", 1.0) != 1.0 or flags.get("transA", 0):
+            message = f"Gemm {node.name} with {flags} is not a linear layer"
+            raise NotImplementedError(message)
+        weight = transposed(model, node.inputs[1]) if flags.get("transB", 0) else node.inputs[1]
+        matmul = ir.node("MatMul", [node.inputs[0], weight])
+        nodes = [matmul]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            nodes.append(ir.node("Add", [matmul.outputs[0], node.inputs[2]]))
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], nodes, node.outputs, nodes[-1].outputs
+        )
+
+
+class OneConsumerPass(InPlacePass):
+    """Give each consumer of a shared (tied) weight matrix its own initializer: a DQ must never have two consumers."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """See the class."""
+        changed = False
+        for value in list(model.graph.initializers.values()):
+            uses = list(value.uses())
+            if not is_parameter(value) or len(uses) < 2 or len(value.shape) < 2:
+                continue
+            for number, use in enumerate(uses[1:], start=1):
+                use.node.replace_input_with(use.idx, _copy_initializer(model, value, f"{value.name}.{number}"))
+                changed = True
+        return PassResult(model, modified=changed)
+
+
+def transposed(model: ir.Model, value: ir.Value) -> ir.Value:
+    """The initializer of a [N, K] parameter as [K, N]; made once per parameter."""
+    name = f"{value.name}.T"
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    source = value.const_value
+
+    def read() -> ir.Tensor:
+        return ir.tensor(np.ascontiguousarray(source.numpy().T))
+
+    shape = ir.Shape(tuple(int(d) for d in reversed(list(source.shape))))
+    tensor = ir.LazyTensor(read, dtype=source.dtype, shape=shape, cache=False, name=name)
+    tensor.metadata_props.update(source.metadata_props)
+    result = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(source.dtype))
+    result.metadata_props.update(value.metadata_props)
+    result.metadata_props[TRANSFORM] = "transpose"
+    model.graph.register_initializer(result)
+    return result
+
+
+def _copy_initializer(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
+    copy = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)
+    copy.metadata_props.update(value.metadata_props)
+    model.graph.register_initializer(copy)
+    return copy
+
+
+def _constant(value: ir.Value | None) -> np.ndarray:
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        message = f"{value} is not a constant"
+        raise NotImplementedError(message)
+    return np.asarray(tensor.numpy())
+
+
+def _replace(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

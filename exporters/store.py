@@ -1,0 +1,124 @@
+"""Write a component: one ``model.onnx`` and one ``model.onnx.data``, tensor by tensor, with the map of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from intaglio.exporters.capture import PARAMETER, TRANSFORM
+from intaglio.exporters.passes import is_parameter
+from intaglio.profiles.spec import StoredTensor, WeightBinding
+from intaglio.quantize.rewrite import FORMAT, SCALE
+
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape arithmetic needs them
+ALIGNMENT, ALIGN_ABOVE = 4096, 1 << 20
+IR_VERSION = 10  # what ONNX Runtime 1.20 and newer read
+
+
+def keep_stored_dtype(model: ir.Model) -> None:
+    """Store half-precision parameters as the checkpoint does, with a ``Cast`` to the graph's float32 behind them."""
+    for value in list(model.graph.initializers.values()):
+        stored = value.const_value.metadata_props.get("stored", "float32") if is_parameter(value) else "float32"
+        if stored == "float32" or value.const_value.nbytes < INLINE_BYTES:
+            continue
+        source, dtype = value.const_value, ir.DataType[stored.upper()]
+
+        def read(source: Any = source, dtype: ir.DataType = dtype) -> ir.Tensor:
+            return ir.tensor(source.numpy().astype(dtype.numpy()))
+
+        tensor = ir.LazyTensor(read, dtype=dtype, shape=source.shape, cache=False, name=value.name)
+        small = ir.Value(name=f"{value.name}.{stored}", const_value=tensor, shape=value.shape, type=ir.TensorType(dtype))
+        small.metadata_props.update(value.metadata_props)
+        model.graph.register_initializer(small)
+        cast = ir.node("Cast", [small], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
+        model.graph.insert_before(model.graph[0], cast)
+        value.replace_all_uses_with(cast.outputs[0])
+        del model.graph.initializers[value.name]
+
+
+def save_component(model: ir.Model, folder: Path, progress: Callable[[str], None]) -> None:
+    """Write the graph and its data file into an empty component folder; `progress` is called per tensor."""
+    folder.mkdir(parents=True)
+    model.ir_version = IR_VERSION
+    model.graph.name = folder.name
+    model.producer_name = "intaglio"
+    model.producer_version = None
+    ir.save(
+        model,
+        folder / GRAPH,
+        external_data=DATA,
+        size_threshold_bytes=INLINE_BYTES,
+        alignment=ALIGNMENT,
+        align_threshold=ALIGN_ABOVE,
+        max_workers=1,
+        callback=lambda tensor, info: progress(tensor.name or ""),
+    )
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """What lies in the data file, read back from the graph that was written."""
+    model = ir.load(folder / GRAPH)
+    return {
+        name: StoredTensor(
+            dtype=tensor.dtype.name,
+            shape=tuple(int(d) for d in tensor.shape),
+            offset=int(tensor.offset or 0),
+            nbytes=int(tensor.length or tensor.nbytes),
+        )
+        for name, value in model.graph.initializers.items()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+
+
+def weight_bindings(model: ir.Model) -> dict[str, WeightBinding]:
+    """Checkpoint parameter to initializer, from the metadata the passes carried along."""
+    bindings = {}
+    for name, value in model.graph.initializers.items():
+        meta = value.metadata_props
+        if PARAMETER in meta and meta[PARAMETER] not in bindings:
+            bindings[meta[PARAMETER]] = WeightBinding(
+                initializer=name,
+                transform=meta.get(TRANSFORM, "none"),
+                format=meta.get(FORMAT, "none"),
+                scale=meta.get(SCALE),
+            )
+    return bindings
+
+
+def read_tensor(folder: Path, stored: StoredTensor) -> np.ndarray:
+    """One initializer from the data file, mapped read-only."""
+    dtype = ir.DataType[stored.dtype].numpy()
+    raw = np.memmap(folder / DATA, mode="r", offset=stored.offset, shape=(stored.nbytes,), dtype=np.uint8)
+    return raw.view(dtype).reshape(stored.shape)
+
+
+def inline_tensor(folder: Path, name: str) -> np.ndarray:
+    """One initializer that is small enough to lie in the graph itself."""
+    return np.asarray(ir.load(folder / GRAPH).graph.initializers[name].const_value.numpy())
+
+
+def graph_summary(folder: Path) -> Mapping[str, int]:
+    """Operator types and their counts, plus the sha256 of the graph under ``""``-free keys."""
+    counts: dict[str, int] = {}
+    for node in ir.load(folder / GRAPH).graph.all_nodes():
+        key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        counts[key] = counts.get(key, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def codes_digest(folder: Path, tensors: Mapping[str, StoredTensor], bindings: Mapping[str, WeightBinding]) -> str:
+    """sha256 over every quantized weight's codes, in parameter order: equal digests are equal codes."""
+    digest = hashlib.sha256()
+    for parameter in sorted(bindings):
+        binding = bindings[parameter]
+        if binding.format != "none" and binding.initializer in tensors:
+            digest.update(parameter.encode())
+            digest.update(np.ascontiguousarray(read_tensor(folder, tensors[binding.initializer])).tobytes())
+    return digest.hexdigest()
