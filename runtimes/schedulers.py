@@ -65,10 +65,11 @@ KEYS: dict[str, tuple[type, ...]] = {
     for key in keys.split()
 }
 # JSON null means "not set" for these; for another key diffusers would read it as false, so it is refused.
-NULLABLE = frozenset(
-    "trained_betas sigma_min sigma_max variance_type solver_p shift_terminal "
-    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas".split()
-)
+NULLABLE = {"trained_betas", "sigma_min", "sigma_max", "variance_type", "solver_p", "shift_terminal"} | {
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+}
 
 
 class Scheduler(Protocol):
@@ -156,7 +157,7 @@ class SchedulerConfig:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in self.values.items()}
         made = kind(**{key: value for key, value in given.items() if key in names})
         if made.trained_betas is not None and len(made.trained_betas) != made.num_train_timesteps:
-            message = f"trained_betas has {len(made.trained_betas)} values for {made.num_train_timesteps} training steps"
+            message = f"{len(made.trained_betas)} trained_betas for {made.num_train_timesteps} training steps"
             raise ArtifactError(message)
         return made
 
@@ -262,7 +263,7 @@ def alphas_cumprod(s: Settings, *, zero_snr: bool = False) -> Array:
 SPACINGS: dict[str, Callable[[int, int, int, int], NDArray[np.float64]]] = {
     "linspace": lambda top, train, n, drop: np.linspace(0, top - 1, n + drop)[::-1][:n],
     "leading": lambda top, train, n, drop: (np.arange(n + drop) * (top // (n + drop)))[::-1][:n].astype(np.float64),
-    # At 61 steps and 61 other counts below 1000 the sum of rounding errors gives a last value of -1; cut it.
+    # At 61 steps and some other counts arange overshoots and gives a last value of -1, which diffusers keeps; cut it.
     "trailing": lambda top, train, n, drop: (np.arange(top, 0, -train / n).round() - 1)[:n],
 }
 
@@ -287,4 +288,10 @@ TO_CLEAN: dict[str, Callable[[Array, Array, np.float32, np.float32], Array]] = {
     "epsilon": lambda x, output, alpha, sigma: (x - sigma * output) / alpha,
     "v_prediction": lambda x, output, alpha, sigma: alpha * x - sigma * output,
     "sample": lambda x, output, alpha, sigma: output,
+}
+# The noise in the latents, likewise.
+TO_NOISE: dict[str, Callable[[Array, Array, np.float32, np.float32], Array]] = {
+    "epsilon": lambda x, output, alpha, sigma: output,
+    "v_prediction": lambda x, output, alpha, sigma: alpha * output + sigma * x,
+    "sample": lambda x, output, alpha, sigma: (x - alpha * output) / sigma,
 }

@@ -1,0 +1,63 @@
+"""The command line: a table of verbs, each imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from intaglio import __version__
+from intaglio.profiles.errors import ToolError
+from intaglio.profiles.registry import resolve, suggestion
+
+VERBS = {
+    "build": ("intaglio.exporters.cli:BUILD", "turn a checkpoint into an artifact"),
+    "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
+    "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
+    "inspect": ("intaglio.exporters.cli:INSPECT", "show what an artifact is, and how each backend executes it"),
+    "verify": ("intaglio.profiles.cli:VERIFY", "check every file of an artifact against its digests"),
+    "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
+    "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
+}
+
+
+def usage() -> str:
+    """The text of ``intaglio --help``."""
+    lines = [f"intaglio {__version__}: one diffusion checkpoint, one artifact, the same picture on every backend.", ""]
+    lines += ["usage: intaglio VERB [ARGUMENTS]", ""]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in VERBS.items()]
+    return "\n".join([*lines, "", "intaglio VERB --help shows the arguments of a verb."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, or 2 for an error the user can solve."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in VERBS:
+        print(f"intaglio: unknown verb {name!r}; allowed: {', '.join(VERBS)}.{suggestion(name, VERBS)}", file=sys.stderr)
+        return 2
+    path, text = VERBS[name]
+    try:
+        verb = resolve(path)
+        parser = argparse.ArgumentParser(prog=f"intaglio {name}", description=text, allow_abbrev=False)
+        verb.configure(parser)
+        return int(verb.run(parser.parse_args(arguments[1:])))
+    except ToolError as error:
+        print(f"intaglio: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("intaglio: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
