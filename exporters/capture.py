@@ -43,7 +43,7 @@ def capture(component: Component, config: Mapping[str, Any], weights: Weights, s
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), torch.no_grad():
-        module = component.build(config)
+        module = component.wrap(component.model(config))
     buffers = {name: b.numpy().copy() for name, b in module.named_buffers()}
     parameters = match_parameters(component, module, weights)
     module = module.to("meta").eval()

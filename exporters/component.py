@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from intaglio.profiles.errors import CheckpointError
@@ -28,8 +28,10 @@ class Component:
     Attributes:
         name: folder in the artifact, named as optimum's exports name it (``unet``, ``vae_decoder``).
         source: folder in the checkpoint (``vae``).
-        build: makes the untrained, traceable module from the checkpoint's configuration; its parameters carry the
-            checkpoint's names behind `prefix`.
+        model: makes the library's untrained model from ``config.json``.
+        reference: loads the library's trained model, in float32, from the checkpoint's component folder.
+        wrap: makes a model traceable: inputs positionally, outputs as a tensor or a tuple. The parameters of the
+            wrapped model carry the checkpoint's names behind `prefix`.
         inputs, outputs: tensor facts, in call order; the module takes the inputs positionally.
         prefix: what the traceable module puts before the checkpoint's parameter names (``"model."``).
         rename: regular expressions from old checkpoints' parameter names to today's.
@@ -38,13 +40,14 @@ class Component:
 
     name: str
     source: str
-    build: Callable[[Mapping[str, Any]], torch.nn.Module]
+    model: Callable[[Mapping[str, Any]], Any]
+    reference: Callable[[Path], Any]
+    wrap: Callable[[Any], torch.nn.Module]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     prefix: str = "model."
     rename: tuple[tuple[str, str], ...] = ()
     ignore: str = r"$^"
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class FamilyExporter(Protocol):

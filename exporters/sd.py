@@ -6,10 +6,11 @@ Names follow optimum's ONNX exports (``optimum/exporters/onnx/model_configs.py``
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from intaglio.exporters.checkpoint import WEIGHT_FILES
 from intaglio.exporters.component import Component
 from intaglio.profiles.errors import CheckpointError, Unsupported
 from intaglio.profiles.spec import Range, TensorSpec
@@ -28,15 +29,14 @@ ALWAYS_RESIZE = 30
 TEXT_ENCODERS = ("CLIPTextModel",)
 
 
-def make_text_encoder(config: Mapping[str, Any]) -> torch.nn.Module:
-    """``input_ids`` int64 [B, T] to last and pooled hidden states float32."""
+def wrap_text_encoder(model: Any) -> torch.nn.Module:
+    """``input_ids`` int64 [B, T] to last hidden states [B, T, D] and pooled state [B, D], float32."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     class TextEncoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = CLIPTextModel(CLIPTextConfig(**config))
+            self.model = model
 
         def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             output = self.model(input_ids)
@@ -45,16 +45,14 @@ def make_text_encoder(config: Mapping[str, Any]) -> torch.nn.Module:
     return TextEncoder()
 
 
-def make_unet(config: Mapping[str, Any]) -> torch.nn.Module:
+def wrap_unet(model: Any) -> torch.nn.Module:
     """``sample`` [B, C, h, w], ``timestep`` float32 [B], ``encoder_hidden_states`` [B, T, D] to ``out_sample``."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     class UNet(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = UNet2DConditionModel.from_config(config)
-            self.model.num_upsamplers = ALWAYS_RESIZE
+            self.model = model
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
             predicted: torch.Tensor = self.model(sample, timestep, states, return_dict=False)[0]
@@ -63,15 +61,13 @@ def make_unet(config: Mapping[str, Any]) -> torch.nn.Module:
     return UNet()
 
 
-def make_vae_encoder(config: Mapping[str, Any]) -> torch.nn.Module:
+def wrap_vae_encoder(vae: Any) -> torch.nn.Module:
     """Pixels in [-1, 1] [B, 3, H, W] to posterior mean and log variance [B, 2C, h, w]: nothing random in a graph."""
     import torch
-    from diffusers import AutoencoderKL
 
     class VaeEncoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            vae = AutoencoderKL.from_config(config)
             self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
         def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -81,15 +77,13 @@ def make_vae_encoder(config: Mapping[str, Any]) -> torch.nn.Module:
     return VaeEncoder()
 
 
-def make_vae_decoder(config: Mapping[str, Any]) -> torch.nn.Module:
+def wrap_vae_decoder(vae: Any) -> torch.nn.Module:
     """Unscaled latents [B, C, h, w] to pixels in about [-1, 1] [B, 3, H, W]."""
     import torch
-    from diffusers import AutoencoderKL
 
     class VaeDecoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            vae = AutoencoderKL.from_config(config)
             self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
 
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -97,6 +91,45 @@ def make_vae_decoder(config: Mapping[str, Any]) -> torch.nn.Module:
             return decoded
 
     return VaeDecoder()
+
+
+def text_encoder_from_config(config: Mapping[str, Any]) -> Any:
+    """An untrained CLIPTextModel."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(**config))
+
+
+def unet_from_config(config: Mapping[str, Any]) -> Any:
+    """An untrained UNet whose resizing works at every size."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(config)
+    unet.num_upsamplers = ALWAYS_RESIZE
+    return unet
+
+
+def vae_from_config(config: Mapping[str, Any]) -> Any:
+    """An untrained AutoencoderKL."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)
+
+
+def pretrained(library: str, name: str) -> Callable[[Path], Any]:
+    """A loader of the library's own class in float32: the reference, independent of our reading of the weights."""
+
+    def read(folder: Path) -> Any:
+        import importlib
+
+        import torch
+
+        kind = getattr(importlib.import_module(library), name)
+        variant = None if any((folder / f).exists() for f in WEIGHT_FILES) or any(folder.glob("*.index.json")) else "fp16"
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
+        return kind.from_pretrained(folder, torch_dtype=torch.float32, **options)
+
+    return read
 
 
 def spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
@@ -120,7 +153,9 @@ class StableDiffusion:
             Component(
                 name="text_encoder",
                 source="text_encoder",
-                build=make_text_encoder,
+                model=text_encoder_from_config,
+                reference=pretrained("transformers", "CLIPTextModel"),
+                wrap=wrap_text_encoder,
                 inputs=(spec("input_ids", "batch", "tokens", dtype="int64"),),
                 outputs=(spec("last_hidden_state", "batch", "tokens", width), spec("pooler_output", "batch", width)),
                 rename=OLD_TEXT_MODEL,
@@ -129,14 +164,18 @@ class StableDiffusion:
             Component(
                 name="unet",
                 source="unet",
-                build=make_unet,
+                model=unet_from_config,
+                reference=pretrained("diffusers", "UNet2DConditionModel"),
+                wrap=wrap_unet,
                 inputs=(spec("sample", "batch", unet["in_channels"], *latent), spec("timestep", "batch"), states),
                 outputs=(spec("out_sample", "batch", unet["out_channels"], *latent),),
             ),
             Component(
                 name="vae_encoder",
                 source="vae",
-                build=make_vae_encoder,
+                model=vae_from_config,
+                reference=pretrained("diffusers", "AutoencoderKL"),
+                wrap=wrap_vae_encoder,
                 inputs=(image,),
                 outputs=(spec("latent_parameters", "batch", 2 * vae["latent_channels"], *latent),),
                 prefix="",
@@ -146,7 +185,9 @@ class StableDiffusion:
             Component(
                 name="vae_decoder",
                 source="vae",
-                build=make_vae_decoder,
+                model=vae_from_config,
+                reference=pretrained("diffusers", "AutoencoderKL"),
+                wrap=wrap_vae_decoder,
                 inputs=(spec("latent_sample", "batch", vae["latent_channels"], *latent),),
                 outputs=(image,),
                 prefix="",

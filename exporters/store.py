@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from intaglio.exporters.capture import PARAMETER, TRANSFORM
@@ -92,33 +90,10 @@ def weight_bindings(model: ir.Model) -> dict[str, WeightBinding]:
     return bindings
 
 
-def read_tensor(folder: Path, stored: StoredTensor) -> np.ndarray:
-    """One initializer from the data file, mapped read-only."""
-    dtype = ir.DataType[stored.dtype].numpy()
-    raw = np.memmap(folder / DATA, mode="r", offset=stored.offset, shape=(stored.nbytes,), dtype=np.uint8)
-    return raw.view(dtype).reshape(stored.shape)
-
-
-def inline_tensor(folder: Path, name: str) -> np.ndarray:
-    """One initializer that is small enough to lie in the graph itself."""
-    return np.asarray(ir.load(folder / GRAPH).graph.initializers[name].const_value.numpy())
-
-
 def graph_summary(folder: Path) -> Mapping[str, int]:
-    """Operator types and their counts, plus the sha256 of the graph under ``""``-free keys."""
+    """Operator types and their counts."""
     counts: dict[str, int] = {}
     for node in ir.load(folder / GRAPH).graph.all_nodes():
         key = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         counts[key] = counts.get(key, 0) + 1
     return dict(sorted(counts.items()))
-
-
-def codes_digest(folder: Path, tensors: Mapping[str, StoredTensor], bindings: Mapping[str, WeightBinding]) -> str:
-    """sha256 over every quantized weight's codes, in parameter order: equal digests are equal codes."""
-    digest = hashlib.sha256()
-    for parameter in sorted(bindings):
-        binding = bindings[parameter]
-        if binding.format != "none" and binding.initializer in tensors:
-            digest.update(parameter.encode())
-            digest.update(np.ascontiguousarray(read_tensor(folder, tensors[binding.initializer])).tobytes())
-    return digest.hexdigest()

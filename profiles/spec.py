@@ -99,7 +99,7 @@ class WeightBinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:
-    """A component as the manifest states it."""
+    """A component as the manifest states it; `coverage` is the quantized share of MatMul and Conv weights, 0 to 1."""
 
     source: str
     inputs: tuple[TensorSpec, ...]
@@ -109,5 +109,4 @@ class ComponentRecord:
     targets: tuple[str, ...]
     tensors: dict[str, StoredTensor]
     weights: dict[str, WeightBinding]
-    coverage: dict[str, float]
-    parity: dict[str, float]
+    coverage: float

@@ -87,7 +87,7 @@ class Levels:
     def of(cls, sigmas: NDArray[np.float64]) -> Levels:
         """From the ratios sigma / alpha, the last of which may be zero."""
         ratio = sigmas.astype(np.float32)
-        alpha: Array = 1 / np.sqrt(ratio**2 + 1)
+        alpha: Array = np.reciprocal(np.sqrt(ratio**2 + 1))
         sigma: Array = ratio * alpha
         with np.errstate(divide="ignore"):  # lambda is infinite where no noise is left, and exp(-lambda) is zero
             return cls(alpha, sigma, np.log(alpha) - np.log(sigma))

@@ -78,7 +78,7 @@ class PNDM:
     def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
         """One step of the highest order known; `draw` is not called."""
         if index == 1 and self._first is not None:
-            model_output, sample = (model_output + self._outputs[0]) / 2, self._first
+            model_output, sample = (model_output + self._outputs[0]) * np.float32(0.5), self._first
             self._first = None
         else:
             self._first = sample if index == 0 else None

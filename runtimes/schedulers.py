@@ -154,7 +154,9 @@ class SchedulerConfig:
             ArtifactError: `trained_betas` has not one number per training step.
         """
         names = {field.name for field in dataclasses.fields(kind)}
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in self.values.items()}
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.values.items()
+        }
         made = kind(**{key: value for key, value in given.items() if key in names})
         if made.trained_betas is not None and len(made.trained_betas) != made.num_train_timesteps:
             message = f"{len(made.trained_betas)} trained_betas for {made.num_train_timesteps} training steps"
@@ -285,7 +287,7 @@ def spaced_timesteps(s: Settings, steps: int, *, top: int | None = None, drop: i
 
 # The clean latents from the model output, given alpha and sigma of x_t = alpha x_0 + sigma noise.
 TO_CLEAN: dict[str, Callable[[Array, Array, np.float32, np.float32], Array]] = {
-    "epsilon": lambda x, output, alpha, sigma: (x - sigma * output) / alpha,
+    "epsilon": lambda x, output, alpha, sigma: np.divide(x - sigma * output, alpha),
     "v_prediction": lambda x, output, alpha, sigma: alpha * x - sigma * output,
     "sample": lambda x, output, alpha, sigma: output,
 }
@@ -293,5 +295,5 @@ TO_CLEAN: dict[str, Callable[[Array, Array, np.float32, np.float32], Array]] = {
 TO_NOISE: dict[str, Callable[[Array, Array, np.float32, np.float32], Array]] = {
     "epsilon": lambda x, output, alpha, sigma: output,
     "v_prediction": lambda x, output, alpha, sigma: alpha * output + sigma * x,
-    "sample": lambda x, output, alpha, sigma: (x - alpha * output) / sigma,
+    "sample": lambda x, output, alpha, sigma: np.divide(x - alpha * output, sigma),
 }

@@ -1,0 +1,90 @@
+"""The ``torch`` engine: the libraries' own modules on the checkpoint's weights. It is the reference.
+
+For a quantized artifact the weights are ``decode(codes)``, read back from the artifact: the truth per format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from intaglio.exporters.checkpoint_index import find_checkpoint
+from intaglio.exporters.component import family_of
+from intaglio.profiles.artifact import Artifact
+from intaglio.profiles.errors import Unsupported
+from intaglio.profiles.registry import need
+from intaglio.profiles.spec import ComponentRecord
+from intaglio.quantize.decode import decoded_weights
+from intaglio.runtimes.engine import EngineOptions, check_feeds, refuse_leftovers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchEngine:
+    """One component in float32 eager mode, on CPU or CUDA."""
+
+    def __init__(self, artifact: Artifact, component: str, options: EngineOptions) -> None:
+        need("torch", extra="export")
+        need("diffusers", extra="export")
+        refuse_leftovers("torch", options.settings, ())
+        self.record: ComponentRecord = artifact.manifest.components[component]
+        self.device = torch_device(options.device)
+        self.module = self._load(artifact, component, options).to(self.device).eval()
+        if options.threads:
+            import torch
+
+            torch.set_num_threads(options.threads)
+
+    @staticmethod
+    def _load(artifact: Artifact, name: str, options: EngineOptions) -> torch.nn.Module:
+        import torch
+
+        checkpoint = find_checkpoint(artifact.manifest.provenance, options.checkpoint)
+        exporter, _ = family_of(checkpoint)
+        component = next(c for c in exporter.components(checkpoint) if c.name == name)
+        module = component.wrap(component.reference(checkpoint.folder / component.source))
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for parameter, value in decoded_weights(artifact, name):
+                target = parameters[component.prefix + parameter]
+                target.copy_(torch.from_numpy(value).reshape(target.shape))
+        return module
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Engine.run`."""
+        import torch
+
+        arrays = check_feeds(self.record, feeds)
+        with torch.inference_mode():
+            tensors = [torch.from_numpy(arrays[s.name]).to(self.device) for s in self.record.inputs]
+            outputs = self.module(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {s.name: o.float().cpu().numpy() for s, o in zip(self.record.outputs, outputs, strict=True)}
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes of the parameters, and torch's own peak on CUDA."""
+        import torch
+
+        weights = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        return {"weight_bytes": weights, "device_peak_bytes": peak}
+
+    def close(self) -> None:
+        """Drop the module."""
+        del self.module
+
+
+def torch_device(name: str) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        Unsupported: CUDA was asked for and is not there; there is no fallback.
+    """
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Unsupported(f"device {name!r}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+    return torch.device(name)

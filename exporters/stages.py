@@ -1,0 +1,51 @@
+"""Seconds and peak memory of each stage of a build, shown as progress and kept for ``build.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from intaglio.runtimes.host_memory import peak_bytes, reset_peak
+
+
+class Stages:
+    """A progress bar on stderr over `total` stages, and their log."""
+
+    def __init__(self, total: int) -> None:
+        self.log: list[dict[str, Any]] = []
+        columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("build", total=total)
+        self._name = ""
+
+    def __enter__(self) -> Stages:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time one stage; the block may add facts to the dict it is given."""
+        self._name = name
+        self._progress.update(self._task, description=name)
+        facts: dict[str, Any] = {}
+        resettable = reset_peak()
+        start = time.monotonic()
+        yield facts
+        row = {"stage": name, "seconds": round(time.monotonic() - start, 3)}
+        peak = peak_bytes() if resettable else None
+        self.log.append({**row, "peak_bytes": peak, **facts})
+        self._progress.advance(self._task)
+
+    def note(self, text: str) -> None:
+        """Show what a long stage is doing."""
+        self._progress.update(self._task, description=f"{self._name}: {text}"[:34])
