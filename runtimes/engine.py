@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ class EngineOptions:
     device: str = "cpu"
     threads: int = 0
     checkpoint: str = ""
-    settings: Mapping[str, str] = ()  # type: ignore[assignment]
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -71,7 +71,7 @@ def load_engine(backend: str, artifact: Artifact, component: str, options: Engin
     if component not in artifact.manifest.components:
         raise ArtifactError(f"{artifact.folder} has no component {component!r}")
     engine_class: EngineClass = resolve(path)
-    return engine_class(artifact, component, options or EngineOptions(settings={}))
+    return engine_class(artifact, component, options or EngineOptions())
 
 
 def check_feeds(record: ComponentRecord, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -43,6 +43,7 @@ class EulerAncestral(SigmaSampler):
         """One step; `draw` is called once, in the last step too, where its noise is multiplied by zero."""
         here, there = self.sigmas[index], self.sigmas[index + 1]
         up = np.sqrt(there**2 * (here**2 - there**2) / here**2)
-        down = np.sqrt(there**2 - up**2)
+        # From thousands to below 1 this difference is a rounding error, and may be negative: NaN in diffusers.
+        down = np.sqrt(np.maximum(there**2 - up**2, 0))
         moved: Array = self._move(model_output, sample, index, down) + draw() * up
         return moved

@@ -1,0 +1,168 @@
+"""What is measured: one case is one artifact on one backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from intaglio.profiles.artifact import Artifact
+from intaglio.profiles.errors import UsageError
+from intaglio.profiles.registry import installed, pick
+
+BACKENDS = {
+    "torch": "torch",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+}  # backend -> module, tried by default
+FLOATS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+LOADER = "intaglio.runtimes.pipeline:load"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row of the benchmark. It crosses to the worker as JSON, so it holds plain data only.
+
+    Attributes:
+        artifact: folder of the artifact.
+        label: unique name of the row.
+        backend: engine name; device and threads as `intaglio.load` takes them.
+        size: width and height in pixels, None for the artifact's own.
+        steps: sampling steps, None for the artifact's own.
+        seed: of the initial noise, the same for every prompt, case and round.
+        scheduler: name, None for the artifact's own.
+        prompts: at least one; round r measures prompt r modulo their number, in every case the same.
+        repeats: measured images, one a round.
+        warmup: images made before the first round at least, beside the cold first one.
+        checkpoint: where the torch backend finds the checkpoint; empty means by the manifest.
+        loader: ``module:function`` with the signature of `intaglio.load`; another one measures a foreign pipeline.
+    """
+
+    artifact: str
+    label: str
+    backend: str
+    prompts: tuple[str, ...]
+    device: str = "cpu"
+    threads: int = 0
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    seed: int = 0
+    scheduler: str | None = None
+    repeats: int = 5
+    warmup: int = 1
+    checkpoint: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    loader: str = LOADER
+
+    def __post_init__(self) -> None:
+        """Refuse a case that would measure nothing."""
+        if not self.prompts:
+            message = "a benchmark needs at least one prompt; add --prompt"
+            raise UsageError(message)
+        if self.repeats < 1 or self.warmup < 0:
+            message = f"--rounds is {self.repeats}; at least 1 is needed"
+            raise UsageError(message)
+
+    def prompt(self, turn: int) -> int:
+        """Index of the prompt that round `turn` measures."""
+        return turn % len(self.prompts)
+
+
+def names_of(artifacts: Sequence[Artifact]) -> list[str]:
+    """A short unique name per artifact: its folder's, with the parent's and then a number where two are alike."""
+    folders = [a.folder.resolve() for a in artifacts]
+    names = [f.name for f in folders]
+    counts = Counter(names)
+    names = [f"{f.parent.name}-{n}" if counts[n] > 1 else n for f, n in zip(folders, names, strict=True)]
+    counts = Counter(names)
+    return [f"{n}-{i + 1}" if counts[n] > 1 else n for i, n in enumerate(names)]
+
+
+def precision_of(artifact: Artifact) -> str:
+    """``int8``, ``fp32`` or a mixture such as ``fp32+int8``: the recipe's formats, "none" named by its stored dtype."""
+    found = set()
+    for name, format_name in artifact.manifest.recipe.items():
+        found.add(format_name if format_name != "none" else stored_dtype(artifact, name))
+    return "+".join(sorted(found)) or "unknown"
+
+
+def stored_dtype(artifact: Artifact, component: str) -> str:
+    """The dtype most of a component's bytes are stored in: fp32, fp16, bf16, or "none" where nothing is stored."""
+    record = artifact.manifest.components.get(component)
+    sizes: Counter[str] = Counter()
+    for tensor in record.tensors.values() if record else ():
+        sizes[tensor.dtype.lower()] += tensor.nbytes
+    return FLOATS.get(sizes.most_common(1)[0][0], sizes.most_common(1)[0][0]) if sizes else "none"
+
+
+def unquantized(artifact: Artifact) -> bool:
+    """Whether every component keeps the checkpoint's own numbers."""
+    return all(f == "none" for f in artifact.manifest.recipe.values())
+
+
+def default_backends() -> tuple[str, ...]:
+    """The backends that are installed, torch first.
+
+    Raises:
+        UsageError: none is.
+    """
+    found = tuple(name for name, module in BACKENDS.items() if installed(module))
+    if not found:
+        message = f"no backend is installed; run: pip install 'intaglio[onnxruntime]' (or {', '.join(BACKENDS)})"
+        raise UsageError(message)
+    return found
+
+
+def matrix(
+    artifacts: Sequence[Artifact],
+    backends: Sequence[str],
+    *,
+    prompts: Sequence[str],
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    scheduler: str | None = None,
+    threads: int = 0,
+    device: str = "cpu",
+    repeats: int = 5,
+    warmup: int = 1,
+    checkpoint: str = "",
+    loader: str = LOADER,
+    engines: Mapping[str, str] | None = None,
+) -> list[Case]:
+    """Every artifact on every backend, artifacts outermost. `engines` is the table of backends that exist.
+
+    Raises:
+        UsageError: no artifact, no backend, an unknown backend, or one named twice.
+    """
+    from intaglio.runtimes.engine import ENGINES
+
+    if not artifacts or not backends:
+        message = "a benchmark needs at least one artifact and one backend"
+        raise UsageError(message)
+    for backend in backends:
+        pick(engines or ENGINES, backend, "backend")
+    if len(set(backends)) < len(backends):
+        message = f"--backend names one twice: {', '.join(backends)}"
+        raise UsageError(message)
+    return [
+        Case(
+            artifact=str(Path(artifact.folder)),
+            label=f"{name}/{backend}",
+            backend=backend,
+            prompts=tuple(prompts),
+            device="cuda:0" if backend == "tensorrt" else device,
+            threads=threads,
+            size=size,
+            steps=steps,
+            seed=seed,
+            scheduler=scheduler,
+            repeats=repeats,
+            warmup=warmup,
+            checkpoint=checkpoint if backend == "torch" else "",
+            loader=loader,
+        )
+        for artifact, name in zip(artifacts, names_of(artifacts), strict=True)
+        for backend in backends
+    ]

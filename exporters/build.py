@@ -1,0 +1,270 @@
+"""``intaglio build``: checkpoint to artifact, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intaglio import __version__
+from intaglio.exporters.capture import capture
+from intaglio.exporters.checkpoint import Checkpoint, Weights, open_checkpoint, source_digests
+from intaglio.exporters.checkpoint_index import digest_of, remember
+from intaglio.exporters.component import Component, FamilyExporter, family_of
+from intaglio.exporters.lowering import TARGETS, Job, Lowered, lowering
+from intaglio.exporters.parity import check_component
+from intaglio.exporters.passes import canonicalize
+from intaglio.exporters.stages import Stages
+from intaglio.exporters.store import DATA, keep_stored_dtype, save_component, stored_tensors, weight_bindings
+from intaglio.profiles.artifact import Artifact, seal, writing
+from intaglio.profiles.errors import UsageError
+from intaglio.profiles.family import Contract, Family
+from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
+from intaglio.profiles.registry import pick, suggestion
+from intaglio.profiles.spec import ComponentRecord, Range
+from intaglio.profiles.strict import to_dict
+from intaglio.quantize.formats import FORMATS, check_recipe
+from intaglio.quantize.rewrite import quantize_graph
+
+RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a build needs, decided and checked before anything is written."""
+
+    checkpoint: Checkpoint
+    exporter: FamilyExporter
+    profile: Family
+    components: tuple[Component, ...]
+    shapes: Mapping[str, Range]
+    targets: tuple[str, ...]
+    recipe: Mapping[str, str]
+    options: Mapping[str, str]
+    remarks: tuple[str, ...]
+
+    def target_options(self, target: str) -> dict[str, str]:
+        """The ``--set`` values of one target, without its name."""
+        return {k.partition(".")[2]: v for k, v in self.options.items() if k.partition(".")[0] == target}
+
+    def contract(self, component: str) -> Contract:
+        """Numerics of a component."""
+        return self.profile.contract.get(component, Contract())
+
+
+def make_plan(
+    checkpoint: str | Path,
+    *,
+    targets: Sequence[str] = ("onnx",),
+    quant: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Plan:
+    """Check a build's inputs.
+
+    Args:
+        checkpoint: diffusers folder or the name of an embedded checkpoint.
+        targets: of TARGETS; ``onnx`` is always among them, the others are lowered from it.
+        quant: component (or ``*``) to format.
+        options: ``target.key`` to value.
+
+    Raises:
+        ToolError: the first thing that cannot work.
+    """
+    opened = open_checkpoint(checkpoint)
+    exporter, profile = family_of(opened)
+    components = exporter.components(opened)
+    chosen = tuple(dict.fromkeys(("onnx", *targets)))
+    for target in chosen:
+        pick(TARGETS, target, "target")
+    recipe = expand_recipe(quant or {}, tuple(c.name for c in components))
+    remarks = check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen))
+    plan = Plan(
+        checkpoint=opened,
+        exporter=exporter,
+        profile=profile,
+        components=components,
+        shapes=exporter.shapes(opened, profile),
+        targets=chosen,
+        recipe=recipe,
+        options=dict(options or {}),
+        remarks=tuple(remarks),
+    )
+    check_options(plan)
+    for component in components:
+        opened.weights(component.source)
+    return plan
+
+
+def expand_recipe(quant: Mapping[str, str], components: tuple[str, ...]) -> dict[str, str]:
+    """Format per component; ``*`` stands for all of them.
+
+    Raises:
+        UsageError: an unknown component or format.
+    """
+    for name, value in quant.items():
+        if name != "*" and name not in components:
+            raise UsageError(
+                f"--quant names the component {name!r}; allowed: {', '.join(components)}.{suggestion(name, components)}"
+            )
+        pick(FORMATS, value, "format")
+    return {c: quant.get(c, quant.get("*", "none")) for c in components}
+
+
+def check_options(plan: Plan) -> None:
+    """Every ``--set`` key belongs to a target that is being built, and every target can be built here."""
+    for key in plan.options:
+        target, _, name = key.partition(".")
+        if target not in plan.targets or name not in lowering(target).options:
+            allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
+            raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed) or 'none for these targets'}")
+    for target in plan.targets:
+        lowering(target).check(plan.target_options(target))
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    targets: Sequence[str] = ("onnx",),
+    quant: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Build an artifact at `output`; arguments as for `make_plan`.
+
+    The folder appears whole by one rename, after every runnable target was compared with torch.
+
+    Raises:
+        ToolError: an input is wrong, a target refuses the graph, or the result differs from the reference.
+    """
+    plan = make_plan(checkpoint, targets=targets, quant=quant, options=options)
+    target = Path(output)
+    with writing(target, force=force) as folder, Stages(len(plan.components) * (len(plan.targets) + 2) + 2) as stages:
+        with stages.stage("hash checkpoint"):
+            sources = source_digests(plan.checkpoint)
+        plan.exporter.copy_files(plan.checkpoint, folder)
+        records, engines = {}, {}
+        for component in plan.components:
+            records[component.name], lowered = build_component(plan, component, folder, stages)
+            engines.update(lowered.engines)
+        manifest = draft_manifest(plan, records, engines, sources)
+        remember(plan.checkpoint, digest_of(sources))
+        parity = check_all(plan, Artifact(folder=folder, manifest=manifest), stages)
+        with stages.stage("hash artifact"):
+            pass
+        sealed = seal(folder, manifest, build_log(stages, parity, plan))
+    return Artifact(folder=target, manifest=sealed)
+
+
+def build_component(plan: Plan, component: Component, folder: Path, stages: Stages) -> tuple[ComponentRecord, Lowered]:
+    """Capture, quantize, write and lower one component; returns its record and its engines by artifact path."""
+    weights = plan.checkpoint.weights(component.source)
+    format_, contract = plan.recipe[component.name], plan.contract(component.name)
+    place = folder / component.name
+    with stages.stage(f"{component.name}: capture") as facts:
+        model = capture(component, plan.checkpoint.config(component.source), weights, plan.shapes)
+        canonicalize(model)
+        coverage = quantize_graph(model, format_, contract.keep) if format_ != "none" else None
+        keep_stored_dtype(model)
+        save_component(model, place, stages.note)
+        facts["data_bytes"] = (place / DATA).stat().st_size
+    record = ComponentRecord(
+        source=component.source,
+        inputs=component.inputs,
+        outputs=component.outputs,
+        parameters=count_parameters(component, weights),
+        format=format_,
+        targets=plan.targets,
+        tensors=stored_tensors(place),
+        weights=weight_bindings(model),
+        coverage=round(coverage.share, 6) if coverage else 0.0,
+    )
+    engines: dict[str, dict[str, Any]] = {}
+    for target in plan.targets:
+        with stages.stage(f"{component.name}: {target}") as facts:
+            lowered = lowering(target).lower(make_job(plan, component, place, target, stages))
+            facts.update(lowered.facts)
+        engines.update({f"{component.name}/{name}": value for name, value in lowered.engines.items()})
+    return record, Lowered(engines=engines)
+
+
+def make_job(plan: Plan, component: Component, place: Path, target: str, stages: Stages) -> Job:
+    """What the lowering of one component is given."""
+    return Job(
+        folder=place,
+        component=component.name,
+        inputs=component.inputs,
+        outputs=component.outputs,
+        shapes=plan.shapes,
+        contract=plan.contract(component.name),
+        format=plan.recipe[component.name],
+        packed_bytes=(place / DATA).stat().st_size,
+        options=plan.target_options(target),
+        progress=stages.note,
+    )
+
+
+def count_parameters(component: Component, weights: Weights) -> int:
+    """Number of weights of this component in the checkpoint."""
+    import math
+    import re
+
+    kept = {n: p for n, p in weights.renamed(component.rename).items() if not re.search(component.ignore, n)}
+    return sum(math.prod(p.shape) for p in kept.values())
+
+
+def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:
+    """Parity of every component, largest relative L2 error per backend."""
+    parity = {}
+    for component in plan.components:
+        with stages.stage(f"{component.name}: compare with torch"):
+            tolerance = plan.contract(component.name).tolerance
+            parity[component.name] = check_component(artifact, component.name, tolerance)
+    return parity
+
+
+def draft_manifest(
+    plan: Plan, records: dict[str, ComponentRecord], engines: dict[str, dict[str, Any]], sources: dict[str, str]
+) -> Manifest:
+    """The manifest without its file list."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=plan.profile.name,
+        name=plan.checkpoint.name,
+        components=records,
+        shapes=dict(plan.shapes),
+        settings={**plan.profile.defaults, **plan.exporter.settings(plan.checkpoint)},
+        recipe=dict(plan.recipe),
+        contract={c.name: to_dict(plan.contract(c.name)) for c in plan.components},
+        provenance={
+            "checkpoint": plan.checkpoint.name,
+            "pipeline": plan.checkpoint.pipeline_class,
+            "digest": digest_of(sources),
+            "sources": sources,
+            "options": dict(plan.options),
+            "intaglio": __version__,
+            "tools": {name: importlib.metadata.version(name) for name in TOOLS},
+        },
+        engines={name: {k: v for k, v in facts.items() if k != "bytes"} for name, facts in engines.items()},
+        files={},
+    )
+
+
+def build_log(stages: Stages, parity: dict[str, dict[str, float]], plan: Plan) -> dict[str, Any]:
+    """What goes into ``build.json``: seconds and peak memory per stage, parity figures, remarks."""
+    import os
+    import platform
+
+    return {
+        "stages": stages.log,
+        "seconds": round(sum(s["seconds"] for s in stages.log), 2),
+        "peak_bytes": max((s["peak_bytes"] or 0 for s in stages.log), default=0) or None,
+        "parity_relative_l2": {c: {b: float(f"{e:.3e}") for b, e in rows.items()} for c, rows in parity.items()},
+        "remarks": list(plan.remarks),
+        "host": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
+    }
+
+

@@ -1,0 +1,97 @@
+"""The verbs ``build`` and ``inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from intaglio.profiles.command import Verb, say
+from intaglio.profiles.errors import UsageError
+from intaglio.profiles.family import parse_assignments
+
+
+def configure_build(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``intaglio build``."""
+    parser.add_argument("checkpoint", help="a diffusers pipeline folder with safetensors, or 'emoji'")
+    parser.add_argument("-o", "--output", required=True, metavar="ARTIFACT", help="folder to write")
+    parser.add_argument("--target", action="append", default=[], help="onnx (always), openvino, tensorrt; repeatable")
+    parser.add_argument(
+        "--quant", action="append", default=[], metavar="[COMPONENT=]FORMAT[,…]", help="none or int8; repeatable"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for example tensorrt.sm=sm89,sm120")
+    parser.add_argument("--force", action="store_true", help="replace an existing artifact")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def parse_quant(values: list[str]) -> dict[str, str]:
+    """``["int8", "unet=none,vae_decoder=int8"]`` as component to format, ``*`` for all.
+
+    Raises:
+        UsageError: an empty name or format.
+    """
+    recipe: dict[str, str] = {}
+    for part in (p.strip() for value in values for p in value.split(",")):
+        component, equals, name = part.partition("=")
+        if not part or (equals and not (component and name)):
+            raise UsageError(f"--quant {part!r} is not [COMPONENT=]FORMAT; for example --quant int8 or --quant unet=int8")
+        recipe[component if equals else "*"] = name if equals else part
+    return recipe
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Build and say what was made."""
+    from intaglio.exporters.build import build
+
+    artifact = build(
+        args.checkpoint,
+        args.output,
+        targets=args.target,
+        quant=parse_quant(args.quant),
+        options=parse_assignments(args.set),
+        force=args.force,
+    )
+    log = json.loads((artifact.folder / "build.json").read_text())
+    for remark in log["remarks"]:
+        say(f"note: {remark}")
+    summary = {
+        "artifact": str(artifact.folder),
+        "digest": artifact.manifest.digest,
+        "bytes": artifact.size_bytes(),
+        "seconds": log["seconds"],
+        "peak_bytes": log["peak_bytes"],
+        "parity_relative_l2": log["parity_relative_l2"],
+        "engines": sorted(artifact.manifest.engines),
+    }
+    print(json.dumps(summary, indent=1) if args.json else summary_text(summary))
+    return 0
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """A few lines for people."""
+    lines = [f"{summary['artifact']}: {summary['bytes'] / 1e6:.1f} MB in {summary['seconds']:.0f} s"]
+    if summary["peak_bytes"]:
+        lines[0] += f", peak {summary['peak_bytes'] / 1e6:.0f} MB"
+    for component, errors in summary["parity_relative_l2"].items():
+        lines.append(f"  {component:<13} " + "  ".join(f"{b} {e:.1e}" for b, e in errors.items()) + "  (relative L2 to torch)")
+    lines += [f"  {name}" for name in summary["engines"]]
+    return "\n".join([*lines, f"manifest {summary['digest'][:16]}"])
+
+
+def configure_inspect(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``intaglio inspect``."""
+    parser.add_argument("artifact")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Show components, formats, sizes, ranges and engines."""
+    from intaglio.exporters.inspection import describe, describe_text
+
+    facts = describe(args.artifact)
+    print(json.dumps(facts, indent=1, ensure_ascii=False) if args.json else describe_text(facts))
+    return 0
+
+
+BUILD = Verb(configure_build, run_build)
+INSPECT = Verb(configure_inspect, run_inspect)

@@ -1,0 +1,170 @@
+"""The verb ``generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import uuid
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intaglio.profiles.command import Verb, say
+from intaglio.profiles.errors import UsageError
+from intaglio.profiles.family import parse_assignments
+
+if TYPE_CHECKING:
+    from intaglio.runtimes.pipeline import Pipeline
+    from intaglio.runtimes.sampling import Result
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``intaglio generate``."""
+    parser.add_argument("artifact")
+    parser.add_argument("prompt")
+    parser.add_argument("-o", "--output", required=True, metavar="PNG", help="with --count N: NAME-0.png, NAME-1.png, …")
+    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime, openvino, tensorrt, torch or null")
+    parser.add_argument("--device", default="cpu", help="the backend's name: cpu, cuda:0, GPU, NPU")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the backend's choice")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance_scale; 1 turns guidance off")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--seed", type=int, default=0, help="image k of --count uses seed + k")
+    parser.add_argument("--size", metavar="WxH", help="pixels")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--scheduler", help="ddim, pndm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, unipc, lcm")
+    parser.add_argument("--checkpoint", default="", help="for --backend torch: where the checkpoint lies")
+    parser.add_argument("--set", action="append", default=[], metavar="BACKEND.KEY=VALUE")
+    parser.add_argument("--force", action="store_true", help="replace existing pictures")
+    parser.add_argument("--json", action="store_true", help="print files, seeds and seconds as JSON")
+
+
+def parse_size(text: str | None) -> dict[str, int]:
+    """``"640x512"`` as width and height in pixels; nothing for ``None``.
+
+    Raises:
+        UsageError: it is not WIDTHxHEIGHT.
+    """
+    if text is None:
+        return {}
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match:
+        raise UsageError(f"--size {text!r} is not WIDTHxHEIGHT; for example --size 512x512")
+    return {"width": int(match[1]), "height": int(match[2])}
+
+
+def output_files(output: Path, count: int, *, force: bool) -> list[Path]:
+    """Where the pictures go, checked before anything runs.
+
+    Raises:
+        UsageError: not a PNG name, a folder that is missing or cannot be written, or a file that exists.
+    """
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"output {output} is not a .png name")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UsageError(f"{output.parent} is not a folder that can be written; create it or choose another")
+    files = [output] if count == 1 else [output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(count)]
+    for file in files:
+        if file.exists() and not force:
+            raise UsageError(f"{file} exists; choose another name or add --force")
+    return files
+
+
+def backend_settings(backend: str, pairs: list[str]) -> dict[str, str]:
+    """``--set`` values of the backend in use.
+
+    Raises:
+        UsageError: a key of another backend.
+    """
+    settings = {}
+    for key, value in parse_assignments(pairs).items():
+        owner, _, name = key.partition(".")
+        if owner != backend or not name:
+            raise UsageError(f"--set {key} does not belong to --backend {backend}; keys are {backend}.KEY")
+        settings[name] = value
+    return settings
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and write PNGs."""
+    from intaglio.runtimes.pipeline import load
+
+    files = output_files(Path(args.output), max(args.count, 1), force=args.force)
+    parameters = {
+        "negative_prompt": args.negative_prompt,
+        "seed": args.seed,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "scheduler": args.scheduler,
+        "count": args.count,
+        **parse_size(args.size),
+    }
+    pipeline = load(
+        args.artifact,
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+        checkpoint=args.checkpoint,
+        settings=backend_settings(args.backend, args.set),
+    )
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")  # type: ignore[assignment]
+        warnings.simplefilter("always")
+        result = generate(pipeline, args.prompt, parameters)
+    for file, image, seed in zip(files, result.images, result.seeds, strict=True):
+        write_png(file, image, {**result.parameters, "seed": seed}, pipeline)
+    summary = {"files": [str(f) for f in files], "seeds": result.seeds, "seconds": result.seconds}
+    print(json.dumps(summary, indent=1) if args.json else "\n".join(str(f) for f in files))
+    return 0
+
+
+def generate(pipeline: Pipeline, prompt: str, parameters: dict[str, Any]) -> Result:
+    """Run the loop with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    steps = pipeline.stream(prompt, **parameters)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{pipeline.backend}", total=None)
+        while True:
+            try:
+                event = next(steps)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            progress.update(task, total=event.total, completed=event.index + 1)
+
+
+def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipeline) -> None:
+    """One PNG, whole or not at all, with its parameters as text: A1111's line and our own JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    manifest = pipeline.artifact.manifest
+    info = PngInfo()
+    info.add_itxt("parameters", infotext(parameters, manifest.name))
+    facts = {**parameters, "artifact": manifest.digest, "backend": pipeline.backend, "recipe": manifest.recipe}
+    info.add_itxt("intaglio", json.dumps(facts, ensure_ascii=False))
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def infotext(parameters: dict[str, Any], model: str) -> str:
+    """The line webuis read back: prompt, negative prompt, then ``Steps: …, Sampler: …``."""
+    lines = [parameters["prompt"]]
+    if parameters["negative_prompt"]:
+        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+    lines.append(
+        f"Steps: {parameters['num_inference_steps']}, Sampler: {parameters['scheduler']}, "
+        f"CFG scale: {parameters['guidance_scale']}, Seed: {parameters['seed']}, "
+        f"Size: {parameters['width']}x{parameters['height']}, Model: {model}"
+    )
+    return "\n".join(lines)
+
+
+GENERATE = Verb(configure, run)
