@@ -152,7 +152,7 @@ def matrix(
             label=f"{name}/{backend}",
             backend=backend,
             prompts=tuple(prompts),
-            device="cuda:0" if backend == "tensorrt" else device,
+            device="cuda:0" if (backend, device) == ("tensorrt", "cpu") else device,
             threads=threads,
             size=size,
             steps=steps,

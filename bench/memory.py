@@ -56,6 +56,7 @@ def host_memory_now() -> dict[str, Any]:
         resident, anonymous = read_kib(ROLLUP, "Rss"), read_kib(ROLLUP, "Anonymous")
     except (OSError, KeyError) as error:
         return {**dict.fromkeys(names), "peak_bytes": peak, "reason": f"{ROLLUP} cannot be read ({error})"}
+    peak = None if peak is None else max(peak, resident)  # the kernel's counters are batched per thread
     values = (peak, resident, anonymous, resident - anonymous)
     return {**dict(zip(names, values, strict=True)), "reason": ""}
 

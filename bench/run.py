@@ -16,19 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from intaglio.bench.cases import Case, precision_of, unquantized
 from intaglio.bench.machine import fingerprint, load_average
 from intaglio.bench.memory import available_bytes, gpus
-from intaglio.bench.metrics import flip_map, measure, need_metrics, worst
+from intaglio.bench.metrics import judge, need_metrics
 from intaglio.bench.worker import Client, WorkerError, to_json
 from intaglio.profiles.artifact import Artifact
-from intaglio.profiles.errors import ToolError, UsageError
-from intaglio.runtimes.fidelity import relative_l2
+from intaglio.profiles.errors import ToolError
 
 SCHEMA_VERSION = 1
 SETTLE = 0.3  # seconds; thread pools of torch (OpenMP) and OpenVINO (TBB) spin up to 0.2 s after their last work
+UNSTEADY = 1.25  # slowest over fastest; the bound SGLang's diffusion CI sets for a baseline (PERFORMANCE.md)
 Tell = Callable[[str], None]
 
 
@@ -55,6 +53,11 @@ class Seat:
             self.worker.close()
             self.worker = None
             return None
+
+    def close(self) -> None:
+        """End the worker if it lives."""
+        if self.worker is not None:
+            self.worker.close()
 
     def remember(self, prompt: int, answer: Mapping[str, Any]) -> None:
         """Note the digest of an image, for ``repeatable``."""
@@ -110,9 +113,9 @@ def engine_rows(
     rows = []
     for key, artifact in artifacts.items():
         sizes: dict[str, int] = {}
-        for engine in artifact.manifest.engines.values() if key not in measured else ():
+        for name, engine in artifact.manifest.engines.items() if key not in measured else ():
             sm = str(engine["sm"]).lower().removeprefix("sm")
-            sizes[sm] = sizes.get(sm, 0) + int(engine["bytes"])
+            sizes[sm] = sizes.get(sm, 0) + artifact.size_bytes(name)
         rows += [
             {
                 "label": f"{names[key]}/tensorrt sm{sm}",
@@ -195,32 +198,10 @@ def finish(seat: Seat, reference: Seat) -> None:
     seat.row["repeatable"] = all(len(d) == 1 for d in seat.digests.values()) if seat.digests else None
     pairs = [reference.images[turn] / seconds for turn, seconds in seat.images.items() if turn in reference.images]
     seat.row["speedup"] = spread(pairs)
-
-
-def judge(row: dict[str, Any], reference: dict[str, Any], folder: Path) -> None:
-    """Metrics of every picture against the reference's, and the heat maps, into the row's ``prompts`` and ``worst``.
-
-    Pictures that cannot be compared get Nones and ``fidelity_reason``.
-    """
-    from PIL import Image
-
-    empty = {"identical": False, "psnr": None, "ssim": None, "flip": None, "latents_relative_l2": None}
-    row["fidelity_reason"] = "" if row["prompts"] and reference["prompts"] else "there is no picture to compare"
-    for mine, theirs in zip(row["prompts"], reference["prompts"], strict=False):
-        paths = [folder / mine["image"], folder / theirs["image"]]
-        image, truth = (np.asarray(Image.open(p).convert("RGB")) for p in paths)
-        try:
-            mine.update(measure(image, truth))
-            mine["latents_relative_l2"] = relative_l2(*(np.load(p.with_suffix(".npy")) for p in paths))
-        except UsageError as error:
-            mine.update(empty)
-            row["fidelity_reason"] = str(error)
-            continue
-        if row is not reference:
-            mine["heat"] = mine["image"].replace(".png", ".flip.png")
-            flip_map(image, truth).save(folder / mine["heat"])
-    compared = [p for p in row["prompts"] if "psnr" in p]
-    row["worst"] = worst(compared) if compared and not row["fidelity_reason"] else empty
+    both = seat.images and reference.images
+    seat.row["speedup_of_fastest"] = min(reference.images.values()) / min(seat.images.values()) if both else None
+    image = seat.row["image_s"]
+    seat.row["unsteady"] = bool(image and image["max"] > UNSTEADY * image["min"])
 
 
 def run_matrix(
@@ -254,8 +235,8 @@ def run_matrix(
     seats = [Seat(case=c, row=new_row(c, artifacts[c.artifact])) for c in cases]
     loads = [load_average()]
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [s.worker.close() for s in seats if s.worker is not None])
         for seat in seats:
+            stack.callback(seat.close)
             prepare(seat, folder, timeout, tell)
         if not any(s.worker for s in seats):
             message = f"no case could be measured; {seats[0].case.label}: {seats[0].row['error']}"

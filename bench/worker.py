@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -212,6 +213,7 @@ class Worker:
         """Do one request. What a ToolError says is for the user; anything else also leaves its traceback on stderr."""
         from intaglio.profiles.errors import ToolError
 
+        requests: dict[str, Callable[..., dict[str, Any]]]
         requests = {"load": self.load, "run": self.run, "image": self.image, "memory": self.memory}
         do = request.pop("do")
         try:

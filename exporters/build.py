@@ -266,5 +266,3 @@ def build_log(stages: Stages, parity: dict[str, dict[str, float]], plan: Plan) -
         "remarks": list(plan.remarks),
         "host": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
     }
-
-

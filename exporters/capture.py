@@ -171,7 +171,9 @@ def name_axes(model: ir.Model, component: Component) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence torch's export chatter; errors still raise."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.onnx._internal.exporter._registration")]
+    loggers = [
+        logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.onnx._internal.exporter._registration")
+    ]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

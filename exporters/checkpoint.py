@@ -61,7 +61,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         )
     if not folder.is_dir():
         near = suggestion(str(source), EMBEDDED)
-        raise CheckpointError(f"{source} is not a folder; allowed: a diffusers pipeline folder or {', '.join(EMBEDDED)}.{near}")
+        raise CheckpointError(
+            f"{source} is not a folder; allowed: a diffusers pipeline folder or {', '.join(EMBEDDED)}.{near}"
+        )
     if not (folder / "model_index.json").exists():
         raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
     index = _read_json(folder / "model_index.json")
@@ -75,7 +77,9 @@ def embedded_folder(name: str) -> Path:
     """The folder of an embedded checkpoint, as a real path."""
     folder = Path(str(resources.files("intaglio.profiles"))) / name
     if not (folder / "model_index.json").exists():
-        raise CheckpointError(f"the embedded checkpoint {name!r} is not installed; reinstall intaglio with its package data")
+        raise CheckpointError(
+            f"the embedded checkpoint {name!r} is not installed; reinstall intaglio with its package data"
+        )
     return folder
 
 
@@ -104,14 +108,18 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             shards = sorted(set(_read_json(folder / f"{name}.index.json").get("weight_map", {}).values()))
             missing = [s for s in shards if not (folder / s).exists()]
             if missing or not shards:
-                raise CheckpointError(f"{folder / (missing[0] if missing else name)} is missing; the checkpoint is incomplete")
+                raise CheckpointError(
+                    f"{folder / (missing[0] if missing else name)} is missing; the checkpoint is incomplete"
+                )
             return tuple(folder / s for s in shards)
     variants = sorted(folder.glob("*.fp16.safetensors"))
     if variants:
         return (variants[0],)
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         if path.suffix in PICKLES:
-            raise CheckpointError(f"{path} is a pickle, which can run code when it is read; convert it to safetensors first")
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when it is read; convert it to safetensors first"
+            )
     raise CheckpointError(f"{folder / WEIGHT_FILES[0]} is missing; the checkpoint is incomplete")
 
 

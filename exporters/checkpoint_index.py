@@ -59,5 +59,7 @@ def find_checkpoint(provenance: Mapping[str, Any], given: str = "") -> Checkpoin
         raise CheckpointError(f"the torch backend needs the checkpoint {name!r}; add --checkpoint FOLDER")
     checkpoint = open_checkpoint(source)
     if digest_of(source_digests(checkpoint)) != digest:
-        raise CheckpointError(f"{checkpoint.folder} is not the checkpoint this artifact was built from, or it changed since")
+        raise CheckpointError(
+            f"{checkpoint.folder} is not the checkpoint this artifact was built from, or it changed since"
+        )
     return checkpoint

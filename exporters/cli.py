@@ -19,7 +19,9 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant", action="append", default=[], metavar="[COMPONENT=]FORMAT[,…]", help="none or int8; repeatable"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for example tensorrt.sm=sm89,sm120")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example tensorrt.sm=sm89,sm120"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -34,7 +36,9 @@ def parse_quant(values: list[str]) -> dict[str, str]:
     for part in (p.strip() for value in values for p in value.split(",")):
         component, equals, name = part.partition("=")
         if not part or (equals and not (component and name)):
-            raise UsageError(f"--quant {part!r} is not [COMPONENT=]FORMAT; for example --quant int8 or --quant unet=int8")
+            raise UsageError(
+                f"--quant {part!r} is not [COMPONENT=]FORMAT; for example --quant int8 or --quant unet=int8"
+            )
         recipe[component if equals else "*"] = name if equals else part
     return recipe
 
@@ -73,7 +77,9 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["peak_bytes"]:
         lines[0] += f", peak {summary['peak_bytes'] / 1e6:.0f} MB"
     for component, errors in summary["parity_relative_l2"].items():
-        lines.append(f"  {component:<13} " + "  ".join(f"{b} {e:.1e}" for b, e in errors.items()) + "  (relative L2 to torch)")
+        lines.append(
+            f"  {component:<13} " + "  ".join(f"{b} {e:.1e}" for b, e in errors.items()) + "  (relative L2 to torch)"
+        )
     lines += [f"  {name}" for name in summary["engines"]]
     return "\n".join([*lines, f"manifest {summary['digest'][:16]}"])
 

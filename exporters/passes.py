@@ -119,9 +119,7 @@ class LinearPass(InPlacePass):
         nodes = [matmul]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             nodes.append(ir.node("Add", [matmul.outputs[0], node.inputs[2]]))
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], nodes, node.outputs, nodes[-1].outputs
-        )
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
 
 
 class OneConsumerPass(InPlacePass):

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from intaglio.exporters.checkpoint import Checkpoint
     from intaglio.profiles.family import Family
 
-OLD_VAE_ATTENTION = ((r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."), (r"\.proj_attn\.", ".to_out.0."))
+OLD_VAE_ATTENTION = (
+    (r"\.query\.", ".to_q."),
+    (r"\.key\.", ".to_k."),
+    (r"\.value\.", ".to_v."),
+    (r"\.proj_attn\.", ".to_out.0."),
+)
 OLD_TEXT_MODEL = ((r"^text_model\.", ""),)  # transformers 5 flattened CLIPTextModel
 # diffusers resizes to explicit sizes only when a latent side is not divisible by 2**num_upsamplers, decided in
 # Python; a huge value makes the general way the only one, so that one graph serves every size.
@@ -87,7 +92,9 @@ def wrap_vae_decoder(vae: Any) -> torch.nn.Module:
             self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
 
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
-            decoded: torch.Tensor = self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+            decoded: torch.Tensor = self.decoder(
+                latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+            )
             return decoded
 
     return VaeDecoder()
@@ -125,7 +132,9 @@ def pretrained(library: str, name: str) -> Callable[[Path], Any]:
         import torch
 
         kind = getattr(importlib.import_module(library), name)
-        variant = None if any((folder / f).exists() for f in WEIGHT_FILES) or any(folder.glob("*.index.json")) else "fp16"
+        variant = (
+            None if any((folder / f).exists() for f in WEIGHT_FILES) or any(folder.glob("*.index.json")) else "fp16"
+        )
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
         return kind.from_pretrained(folder, torch_dtype=torch.float32, **options)
 
@@ -227,7 +236,9 @@ class StableDiffusion:
         from transformers import CLIPTokenizer
 
         (folder / "scheduler").mkdir(parents=True)
-        shutil.copyfile(checkpoint.folder / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json")
+        shutil.copyfile(
+            checkpoint.folder / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json"
+        )
         source, target = checkpoint.folder / "tokenizer", folder / "tokenizer"
         target.mkdir()
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):

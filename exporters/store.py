@@ -31,7 +31,9 @@ def keep_stored_dtype(model: ir.Model) -> None:
             return ir.tensor(source.numpy().astype(dtype.numpy()))
 
         tensor = ir.LazyTensor(read, dtype=dtype, shape=source.shape, cache=False, name=value.name)
-        small = ir.Value(name=f"{value.name}.{stored}", const_value=tensor, shape=value.shape, type=ir.TensorType(dtype))
+        small = ir.Value(
+            name=f"{value.name}.{stored}", const_value=tensor, shape=value.shape, type=ir.TensorType(dtype)
+        )
         small.metadata_props.update(value.metadata_props)
         model.graph.register_initializer(small)
         cast = ir.node("Cast", [small], {"to": ir.DataType.FLOAT.value})

@@ -120,7 +120,9 @@ def writing(target: Path, *, force: bool = False) -> Iterator[Path]:
     if target.exists() and not force:
         raise UsageError(f"{target} exists; choose another name or add --force to replace it")
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} exists and is not an artifact; --force replaces artifacts only, choose another name")
+        raise UsageError(
+            f"{target} exists and is not an artifact; --force replaces artifacts only, choose another name"
+        )
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +157,9 @@ def seal(folder: Path, manifest: Manifest, build_log: dict[str, Any]) -> Manifes
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     names = [p.relative_to(folder).as_posix() for p in paths]
     sums = {n: sha256(p) for n, p in zip(names, paths, strict=True)}
-    files = {n: FileRecord(size=(folder / n).stat().st_size, sha256=d) for n, d in sums.items() if n not in manifest.engines}
+    files = {
+        n: FileRecord(size=(folder / n).stat().st_size, sha256=d) for n, d in sums.items() if n not in manifest.engines
+    }
     sealed = dataclasses.replace(manifest, files=files)
     (folder / MANIFEST).write_bytes(sealed.to_bytes())
     (folder / BUILD_LOG).write_text(json.dumps(build_log, indent=1) + "\n", encoding="utf-8")

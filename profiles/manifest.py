@@ -64,10 +64,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST}; run: intaglio build CHECKPOINT -o {folder}") from None
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no {MANIFEST}; run: intaglio build CHECKPOINT -o {folder}"
+        ) from None
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); build the artifact again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise ArtifactError(f"{path} has schema version {version}, this intaglio reads {SCHEMA_VERSION}; build it again")
+        raise ArtifactError(
+            f"{path} has schema version {version}, this intaglio reads {SCHEMA_VERSION}; build it again"
+        )
     return from_dict(Manifest, data, str(path), error=ArtifactError)

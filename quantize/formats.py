@@ -59,11 +59,17 @@ SUPPORT: dict[tuple[str, str, str], Support] = {
     ("int8", "MatMul", "openvino"): Support(
         how="native", faster=True, reason="weights stay i8 in memory; faster where memory bandwidth decides"
     ),
-    ("int8", "Conv", "openvino"): Support(how="stored-only", faster=False, reason="weight-only convolutions are dequantized"),
+    ("int8", "Conv", "openvino"): Support(
+        how="stored-only", faster=False, reason="weight-only convolutions are dequantized"
+    ),
     ("int8", "MatMul", "tensorrt"): Support(how="native", faster=True, reason="the plan keeps the weights packed"),
     ("int8", "Conv", "tensorrt"): Support(how="native", faster=True, reason="the plan keeps the weights packed"),
-    ("int8", "MatMul", "torch"): Support(how="stored-only", faster=False, reason="the reference computes on decoded weights"),
-    ("int8", "Conv", "torch"): Support(how="stored-only", faster=False, reason="the reference computes on decoded weights"),
+    ("int8", "MatMul", "torch"): Support(
+        how="stored-only", faster=False, reason="the reference computes on decoded weights"
+    ),
+    ("int8", "Conv", "torch"): Support(
+        how="stored-only", faster=False, reason="the reference computes on decoded weights"
+    ),
 }
 
 
@@ -105,7 +111,9 @@ def check_recipe(recipe: dict[str, str], targets: tuple[str, ...]) -> list[str]:
             for op in ("MatMul", "Conv"):
                 row = SUPPORT.get((name, op, target))
                 if row is None or row.how == "unsupported":
-                    raise Unsupported(f"{target} does not carry {name} in {op}: {row.reason if row else 'not in the table'}")
+                    raise Unsupported(
+                        f"{target} does not carry {name} in {op}: {row.reason if row else 'not in the table'}"
+                    )
                 if not row.faster:
                     remarks.append(f"{name} {op} on {target}: smaller, not faster ({row.reason})")
     return remarks

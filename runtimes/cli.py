@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio generate``."""
     parser.add_argument("artifact")
     parser.add_argument("prompt")
-    parser.add_argument("-o", "--output", required=True, metavar="PNG", help="with --count N: NAME-0.png, NAME-1.png, …")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="PNG", help="with --count N: NAME-0.png, NAME-1.png, …"
+    )
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime, openvino, tensorrt, torch or null")
     parser.add_argument("--device", default="cpu", help="the backend's name: cpu, cuda:0, GPU, NPU")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the backend's choice")

@@ -109,7 +109,9 @@ def check_finite(component: str, values: np.ndarray, *, step: int | None = None)
         return values
     bad = int(values.size - np.isfinite(values).sum())
     where = f" at step {step}" if step is not None else ""
-    raise NumericsError(f"{component} returned {bad} of {values.size} values as NaN or infinity{where}; try --dtype fp32")
+    raise NumericsError(
+        f"{component} returned {bad} of {values.size} values as NaN or infinity{where}; try --dtype fp32"
+    )
 
 
 def to_images(pixels: np.ndarray) -> list[Image]:

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from intaglio.runtimes.pipeline import Components
 
 
+HAS_CLIP_SAMPLE = ("DDIMScheduler", "LCMScheduler")
+HAS_STEPS_OFFSET = (
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+)
+
+
 class StableDiffusion:
     """The sampler of the family ``sd``; holds what every request shares."""
 
@@ -33,7 +45,7 @@ class StableDiffusion:
         self.settings = artifact.manifest.settings
         self.tokenizer = ClipTokenizer(artifact.folder / "tokenizer")
         text = (artifact.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
-        self.scheduler_config = SchedulerConfig.from_dict(json.loads(text))
+        self.scheduler_config = as_pipeline_expects(SchedulerConfig.from_dict(json.loads(text)))
 
     def check(self, request: Request) -> None:
         """Refuse a size or count outside the artifact's ranges, and latents of another shape.
@@ -46,7 +58,9 @@ class StableDiffusion:
         rows = request.count * (2 if guided(request) else 1)
         limit = self.manifest.shapes["batch"].max
         if rows > limit:
-            raise UsageError(f"count {request.count} needs a batch of {rows}; this artifact allows {limit}: ask for fewer at once")
+            raise UsageError(
+                f"count {request.count} needs a batch of {rows}; this artifact allows {limit}: ask for fewer at once"
+            )
         if request.latents is not None and request.latents.shape != self.latent_shape(request):
             raise UsageError(f"latents have shape {request.latents.shape}, expected {self.latent_shape(request)}")
 
@@ -64,7 +78,7 @@ class StableDiffusion:
         shape = self.latent_shape(request)
         with clock.stage("scheduler"):
             scheduler = make_scheduler(request.scheduler, self.scheduler_config, request.num_inference_steps)
-            noise = batch_randn(noises, shape[1:]) if request.latents is None else request.latents
+            noise = batch_randn(noises, shape) if request.latents is None else request.latents
             latents = np.float32(scheduler.init_noise_sigma) * noise.astype(np.float32)
         total = len(scheduler.timesteps)
         for index, timestep in enumerate(scheduler.timesteps):
@@ -75,7 +89,7 @@ class StableDiffusion:
                 predicted = self._denoise(engines, request, model_input, timestep, states)
             check_finite("unet", predicted, step=index)
             with clock.stage("scheduler"):
-                latents = scheduler.step(predicted, index, latents, lambda: batch_randn(noises, shape[1:]))
+                latents = scheduler.step(predicted, index, latents, lambda: batch_randn(noises, shape))
             seconds = time.perf_counter() - start
             yield StepEvent(index=index, total=total, timestep=float(timestep), latents=latents, seconds=seconds)
         return self._decode(engines, request, latents, clock)
@@ -118,6 +132,20 @@ class StableDiffusion:
             "height": request.height,
         }
         return Result(images=images, latents=latents, seeds=request.seeds, seconds=clock.seconds, parameters=parameters)
+
+
+def as_pipeline_expects(config: SchedulerConfig) -> SchedulerConfig:
+    """The configuration after diffusers' ``StableDiffusionPipeline.__init__``.
+
+    It overrules outdated scheduler files: ``steps_offset`` becomes 1 and ``clip_sample`` false, for the classes that
+    have the key. Without this a checkpoint saved with old defaults would give another picture than in diffusers.
+    """
+    overruled: dict[str, object] = {}
+    if config.class_name in HAS_STEPS_OFFSET:
+        overruled["steps_offset"] = 1
+    if config.class_name in HAS_CLIP_SAMPLE:
+        overruled["clip_sample"] = False
+    return config.replace(**overruled)
 
 
 def guided(request: Request) -> bool:

@@ -27,9 +27,7 @@ def clip_tokenizer(folder: Path, length: int) -> Any:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=length
-    )
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=length)
 
 
 def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon", scheduler: str = "DDIMScheduler") -> Path:
@@ -74,7 +72,11 @@ def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon", schedule
         latent_channels=4,
     )
     schedule = getattr(diffusers, scheduler)(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        steps_offset=1,
     )
     diffusers.StableDiffusionPipeline(
         vae=vae,

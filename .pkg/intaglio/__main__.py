@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in VERBS:
-        print(f"intaglio: unknown verb {name!r}; allowed: {', '.join(VERBS)}.{suggestion(name, VERBS)}", file=sys.stderr)
+        print(
+            f"intaglio: unknown verb {name!r}; allowed: {', '.join(VERBS)}.{suggestion(name, VERBS)}", file=sys.stderr
+        )
         return 2
     path, text = VERBS[name]
     try:

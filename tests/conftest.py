@@ -1,0 +1,133 @@
+"""What every test may use: tiny checkpoints and artifacts built once a session, a private cache, and the report."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CACHE = "INTAGLIO_TEST_CACHE"  # a temporary folder of the session; subprocesses inherit it
+ROOMS = ("profiles", "runtimes", "quantize", "exporters", "bench")
+seconds: collections.Counter[str] = collections.Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/* anew instead of comparing")
+
+
+def pytest_configure(config):
+    # Tiny models gain nothing from threads, and torch reads this when it is first imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="intaglio-tests-")
+    os.environ["XDG_CACHE_HOME"] = os.environ[CACHE]  # the index of checkpoints, Hugging Face's caches
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("needs_gpu")]
+    if not marked:
+        return
+    from intaglio.bench.memory import gpus
+
+    found, reason = gpus()
+    for item in marked if not found else ():
+        item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+
+
+def pytest_runtest_logreport(report):
+    seconds[report.location[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("seconds per file")
+    for file, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent:8.1f}  {file}")
+    terminalreporter.write_line(f"{sum(seconds.values()):8.1f}  all")
+    skipped = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"{count:8} x  {reason}")
+
+
+def pytest_sessionfinish(session):
+    doubles = sorted(set(ROOMS) & sys.modules.keys())
+    if doubles:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nimported twice, bare and as intaglio.*: {', '.join(doubles)}", file=sys.stderr)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A random StableDiffusionPipeline folder. Tests that change files change a copy."""
+    import tiny
+
+    return tiny.stable_diffusion(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint, tmp_path_factory):
+    """Its artifact in float32 for ONNX Runtime and OpenVINO; about half a minute, once a session."""
+    return built(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "fp32", {})
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact_int8(tiny_checkpoint, tmp_path_factory):
+    """The same with int8 weights."""
+    return built(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "int8", {"*": "int8"})
+
+
+def built(checkpoint, folder, quant):
+    import intaglio.exporters.build as module
+
+    return module.build(checkpoint, folder, targets=("onnx", "openvino"), quant=quant)
+
+
+@pytest.fixture
+def copy_artifact(tmp_path):
+    """A function: artifact (or checkpoint folder) to a copy under `tmp_path` that the test may damage."""
+
+    def copy(source, name="artifact") -> Path:
+        return Path(shutil.copytree(getattr(source, "folder", source), tmp_path / name))
+
+    return copy
+
+
+@pytest.fixture
+def without_openvino(tiny_artifact, copy_artifact):
+    """A sound artifact as ``--target onnx`` alone would have made it."""
+    from intaglio.profiles.artifact import Artifact, seal
+
+    folder = copy_artifact(tiny_artifact, "onnx-only")
+    for file in [*folder.rglob("openvino_model.*"), folder / "SHA256SUMS", folder / "build.json"]:
+        file.unlink()
+    manifest = Artifact(folder=folder, manifest=tiny_artifact.manifest).manifest
+    (folder / "manifest.json").unlink()
+    components = {n: dataclasses.replace(c, targets=("onnx",)) for n, c in manifest.components.items()}
+    seal(folder, dataclasses.replace(manifest, components=components), {})
+    return folder
+
+
+@pytest.fixture
+def intaglio(capsys):
+    """The command line in this process: ``code, stdout, stderr = intaglio("generate", …)``."""
+    from intaglio.__main__ import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:  # --help
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -1,0 +1,462 @@
+"""The benchmark with a pipeline that draws circles: real workers, real pipes, no model."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from intaglio.bench import cli, demo, report, run
+from intaglio.bench.cases import Case, matrix, names_of, precision_of
+from intaglio.bench.worker import Client, WorkerError, describe_exit, to_json
+from intaglio.profiles.artifact import Artifact, seal
+from intaglio.profiles.errors import ToolError, Unsupported, UsageError
+from intaglio.profiles.manifest import Manifest
+from intaglio.profiles.spec import ComponentRecord, StoredTensor
+from intaglio.runtimes.sampling import Result, StepEvent
+
+pytest.importorskip("flip_evaluator")
+PROMPTS = ("red heart", "红心 <b>&</b>")
+DELAYS = {"torch": 0.02, "onnxruntime": 0.01, "openvino": 0.005}
+
+
+class FakePipeline:
+    """Draws a disc whose colour depends on the prompt; other backends than torch are a little off."""
+
+    def __init__(self, backend, settings):
+        self.backend, self.settings, self.calls = backend, dict(settings or {}), 0
+
+    def stream(self, prompt, *, seed=0, width=None, height=None, num_inference_steps=None, **_):
+        from PIL import Image
+
+        self.calls += 1
+        print("a library talks on stdout", flush=True)
+        if self.settings.get("crash") == str(self.calls):
+            print("Segmentation fault, said the library", file=sys.stderr, flush=True)
+            os._exit(3)
+        if self.settings.get("hang") == str(self.calls):
+            time.sleep(60)
+        if self.settings.get("refuse") == str(self.calls):
+            raise UsageError("steps 0 is not allowed")
+        w, h = width or 64, height or 64
+        error = {"torch": 0.0, "onnxruntime": 0.0, "openvino": 6.0}.get(self.backend, 0.0)
+        steps = num_inference_steps or 2
+        latents = np.random.default_rng(seed).normal(size=(1, 4, h // 8, w // 8)).astype(np.float32)
+        latents += np.float32(error / 1000)
+        for index in range(steps):
+            time.sleep(DELAYS.get(self.backend, 0.001))
+            yield StepEvent(index=index, total=steps, timestep=1.0, latents=latents, seconds=0.01)
+        y, x = np.mgrid[0:h, 0:w]
+        disc = ((x - w / 2) ** 2 + (y - h / 2) ** 2 < (0.38 * w) ** 2)[..., None]
+        ink = np.array([200 if "red" in prompt else 90, 40, 60 + len(prompt)])
+        pixels = np.where(disc, ink + (x / w * 40)[..., None], 245) + error * np.sin(x / 5 + y / 9)[..., None]
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        return Result(images=[image], latents=latents, seeds=[seed], seconds={"denoiser": 0.02}, parameters={"a": 1})
+
+    def memory(self):
+        return {"unet": {"weight_bytes": 10}}
+
+    def close(self):
+        pass
+
+
+def fake_load(artifact, *, backend, device, threads, checkpoint, settings, verify):
+    assert not verify
+    if backend == "broken":
+        raise Unsupported("backend broken is not there")
+    return FakePipeline(backend, settings)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Workers find this file, and need not wait for thread pools of engines that are not there."""
+    package = Path(report.__file__).parent.parent.parent
+    paths = [str(Path(__file__).parent), str(package), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setattr(run, "SETTLE", 0.0)
+
+
+def artifact_at(folder, *, format_="none", engines=()):
+    folder.mkdir(parents=True)
+    files = {}
+    for name in engines:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"p" * 1000)
+        files[name] = {"sm": "89" if "89" in name else 120}
+    (folder / "weights.bin").write_bytes(b"w" * 5000)
+    record = ComponentRecord(
+        inputs=(),
+        outputs=(),
+        targets=(),
+        weights={},
+        tensors={"w": StoredTensor(dtype="FLOAT", shape=(2,), offset=0, nbytes=8)},
+        source="unet",
+        parameters=2,
+        format=format_,
+        coverage=0.0,
+    )
+    manifest = Manifest(
+        schema_version=1,
+        family="sd",
+        name=folder.name,
+        components={"unet": record},
+        shapes={},
+        settings={},
+        recipe={"unet": format_},
+        contract={},
+        provenance={},
+        engines=files,
+        files={},
+    )
+    return Artifact(folder=folder, manifest=seal(folder, manifest, {}))
+
+
+def cases_of(*artifacts, backends=("torch", "onnxruntime", "openvino"), settings=None, **more):
+    found = matrix(artifacts, backends, prompts=PROMPTS, loader="test_bench:fake_load", **{"repeats": 3, **more})
+    if settings:
+        import dataclasses
+
+        label, values = settings
+        found = [dataclasses.replace(c, settings=values) if c.label == label else c for c in found]
+    return found
+
+
+def measured(tmp_path, *artifacts, timeout=60.0, **more):
+    out = tmp_path / "out"
+    out.mkdir()
+    table = {str(a.folder): a for a in artifacts}
+    return run.run_matrix(cases_of(*artifacts, **more), table, out, command="intaglio bench x", timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run over an unquantized and an int8 artifact with TensorRT plans."""
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setattr(run, "SETTLE", 0.0)
+        patch.setattr(run, "gpus", lambda: ([], "no NVIDIA GPU"))
+        base = tmp_path_factory.mktemp("bench")
+        artifacts = (
+            artifact_at(base / "fp32"),
+            artifact_at(
+                base / "int8",
+                format_="int8",
+                engines=("unet/a.sm89.engine", "unet/b.sm89.engine", "unet/a.sm120.engine"),
+            ),
+        )
+        result = measured(base, *artifacts)
+        report.write(result, base / "out")
+        return base / "out", result
+
+
+def test_every_case_and_every_plan_has_a_row(finished):
+    _, result = finished
+    labels = [c["label"] for c in result["cases"]]
+    assert labels == [
+        *(f"{a}/{b}" for a in ("fp32", "int8") for b in ("torch", "onnxruntime", "openvino")),
+        "int8/tensorrt sm120",
+        "int8/tensorrt sm89",
+    ]
+    plans = result["cases"][-1]
+    assert plans["artifact_bytes"] == 2000
+    assert plans["error"] == "built, not run: no NVIDIA GPU"
+    assert all(c["status"] == "ok" for c in result["cases"][:6])
+
+
+def test_the_reference_is_torch_on_the_unquantized_artifact(finished):
+    _, result = finished
+    assert result["reference"]["label"] == "fp32/torch"
+    first = result["cases"][0]
+    assert first["worst"]["identical"] is True
+    assert first["worst"]["psnr"] is None
+    assert first["speedup"]["median"] == 1.0
+
+
+def test_figures_are_medians_with_range_and_count(finished):
+    _, result = finished
+    for case in result["cases"][:6]:
+        image = case["image_s"]
+        assert image["n"] == len(image["values"]) == 3
+        assert image["min"] <= image["median"] <= image["max"]
+        assert case["step_s"]["n"] == 6
+        assert case["repeatable"] is True
+        assert case["load_s"] > 0
+        assert case["memory"]["peak_bytes"] is None or case["memory"]["peak_bytes"] > 1e6
+        assert case["vram"]["process_bytes"] is None
+        assert case["vram"]["reason"]
+    assert result["cases"][2]["speedup"]["median"] > 1.2
+    assert not any("p9" in key for case in result["cases"] for key in case)
+
+
+def test_fidelity_is_per_prompt_and_worst(finished):
+    folder, result = finished
+    openvino = result["cases"][2]
+    values = [p["psnr"] for p in openvino["prompts"]]
+    assert openvino["worst"]["psnr"] == min(values)
+    assert 30 < min(values) < 45
+    assert openvino["worst"]["latents_relative_l2"] > 0
+    assert all((folder / p["heat"]).exists() for p in openvino["prompts"])
+    assert result["cases"][1]["worst"]["identical"] is True
+
+
+def test_json_round_trips_and_has_no_infinity(finished):
+    folder, result = finished
+    text = (folder / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(json.dumps(result))
+    assert "Infinity" not in text
+    with pytest.raises(ValueError, match="JSON"):
+        report.to_json({"x": float("inf")})
+
+
+def test_nothing_in_the_report_names_a_place(finished):
+    folder, _ = finished
+    for name in ("report.json", "report.md", "report.html"):
+        assert str(folder.parent) not in (folder / name).read_text(encoding="utf-8")
+
+
+def test_the_page_is_self_contained_and_escaped(finished):
+    folder, _ = finished
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]{0,20})""", page)
+    assert len(sources) == 22
+    assert all(s.startswith("data:image/") for s in sources)
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "<script" not in page
+    assert "url(" not in page
+    assert "<b>&</b>" not in page
+    assert "&lt;b&gt;" in page
+    assert page.count("<svg") == 6
+    assert page.count("class=heat") == 10
+    assert "interleaved" in page
+
+
+def test_the_page_is_regenerated_byte_by_byte(finished):
+    from intaglio.bench.report_html import page
+
+    folder, _ = finished
+    again = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert page(again, folder) == (folder / "report.html").read_text(encoding="utf-8")
+    assert report.markdown(again) == (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_table_has_a_line_a_row(finished):
+    _, result = finished
+    lines = report.table(result).splitlines()
+    assert len(lines) == 1 + len(result["cases"])
+    assert "x torch" in lines[0]
+    assert lines[1].split()[:3] == ["fp32", "torch", "fp32"]
+    assert "identical" in lines[1]
+    assert lines[-1].endswith("built, not run: no NVIDIA GPU")
+
+
+def test_a_large_picture_is_shown_scaled_down(tmp_path):
+    from PIL import Image
+
+    from intaglio.bench.report_html import data_uri
+
+    Image.new("RGB", (1024, 512), "red").save(tmp_path / "a.png")
+    assert data_uri(tmp_path / "a.png").startswith("data:image/webp")
+
+
+def test_the_order_is_seeded_and_changes_from_round_to_round():
+    labels = list("abcdef")
+    orders = [run.order_of(labels, turn, 7) for turn in range(8)]
+    assert orders == [run.order_of(labels, turn, 7) for turn in range(8)]
+    assert all(sorted(o) == labels for o in orders)
+    assert len({tuple(o) for o in orders}) > 4
+    assert orders[:2] == [list("bedacf"), list("cdfbea")]
+
+
+def test_rounds_are_interleaved_in_the_reported_order(tmp_path):
+    said = []
+    artifact = artifact_at(tmp_path / "a")
+    (tmp_path / "out").mkdir()
+    cases = cases_of(artifact, backends=("torch", "openvino"))
+    result = run.run_matrix(cases, {str(artifact.folder): artifact}, tmp_path / "out", command="", tell=said.append)
+    rounds = [re.match(r"round (\d+) of 3: (.*)", s).groups() for s in said if s.startswith("round")]
+    assert rounds == [(str(i + 1), label) for i, order in enumerate(result["orders"]) for label in order]
+
+
+def test_a_crash_is_that_cases_error_with_its_last_words(tmp_path):
+    result = measured(tmp_path, artifact_at(tmp_path / "a"), settings=("a/openvino", {"crash": "5"}))
+    row = result["cases"][2]
+    assert row["status"] == "error"
+    assert "run: the worker died (exit code 3)" in row["error"]
+    assert "Segmentation fault, said the library" in row["error"]
+    assert [c["status"] for c in result["cases"][:2]] == ["ok", "ok"]
+    assert "Segmentation" in report.table(result)
+    report.write(result, tmp_path / "out")
+
+
+def test_a_hang_is_an_error_after_the_timeout(tmp_path):
+    start = time.monotonic()
+    artifact = artifact_at(tmp_path / "a")
+    result = measured(tmp_path, artifact, settings=("a/openvino", {"hang": "4"}), timeout=4.0)
+    assert time.monotonic() - start < 40
+    assert "no answer within 4 s" in result["cases"][2]["error"]
+    assert result["cases"][1]["image_s"]["n"] == 3
+
+
+def test_a_refusal_is_one_line_and_leaves_the_others_alone(tmp_path):
+    result = measured(tmp_path, artifact_at(tmp_path / "a"), settings=("a/torch", {"refuse": "1"}))
+    assert result["cases"][0]["error"] == "run: steps 0 is not allowed"
+    assert "the first case that runs, because a/torch failed" in result["reference"]["why"]
+    assert result["reference"]["label"] == "a/onnxruntime"
+    assert result["cases"][1]["speedup"]["median"] == 1.0
+
+
+def test_without_any_measured_case_there_is_no_report(tmp_path):
+    artifact = artifact_at(tmp_path / "a")
+    bad = Case(
+        artifact=str(artifact.folder), label="a/broken", backend="broken", prompts=("x",), loader="test_bench:fake_load"
+    )
+    with pytest.raises(ToolError, match="backend broken is not there"):
+        run.run_matrix([bad], {str(artifact.folder): artifact}, tmp_path, command="")
+
+
+def test_no_worker_outlives_the_benchmark(tmp_path):
+    import psutil
+
+    measured(tmp_path, artifact_at(tmp_path / "a"), backends=("torch",), repeats=1)
+    lines = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert not [line for line in lines if "intaglio.bench.worker" in line]
+
+
+def test_a_worker_that_died_between_requests_is_an_error():
+    case = Case(artifact="x", label="x", backend="torch", prompts=("x",), loader="test_bench:fake_load")
+    client = Client(case, timeout=30)
+    client.ask("load", case=to_json(case))
+    client.process.kill()
+    client.process.wait()
+    with pytest.raises(WorkerError, match="signal 9, perhaps out of memory"):
+        client.ask("run", prompt=0)
+    client.close()
+    assert describe_exit(3) == "exit code 3"
+
+
+def test_matrix_refuses_what_would_measure_nothing(tmp_path):
+    artifact = artifact_at(tmp_path / "a")
+    for bad in (
+        {"backends": ()},
+        {"backends": ("torch", "torch")},
+        {"backends": ("onyxruntime",)},
+        {"backends": ("torch",), "repeats": 0},
+    ):
+        with pytest.raises(UsageError):
+            cases_of(artifact, **bad)
+
+
+def test_names_and_precision(tmp_path):
+    one, two, three = (artifact_at(tmp_path / p) for p in ("x/model", "y/model", "z"))
+    assert names_of([one, two, three]) == ["x-model", "y-model", "z"]
+    assert names_of([one, one]) == ["x-model-1", "x-model-2"]
+    assert precision_of(one) == "fp32"
+    assert precision_of(artifact_at(tmp_path / "q", format_="int8")) == "int8"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "report.md"
+    report.write_atomic(target, "old")
+    with pytest.raises(UnicodeEncodeError):
+        report.write_atomic(target, "new \ud800")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_report_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "deep" / "rep"
+    with pytest.raises(RuntimeError), report.report_folder(target, force=False) as folder:
+        (folder / "report.json").write_text("{}")
+        raise RuntimeError
+    assert list((tmp_path / "deep").iterdir()) == []
+    with report.report_folder(target, force=False) as folder:
+        (folder / "report.json").write_text("1")
+    with pytest.raises(UsageError, match="--force"), report.report_folder(target, force=False):
+        pass
+    with report.report_folder(target, force=True) as folder:
+        (folder / "report.json").write_text("2")
+    assert (target / "report.json").read_text() == "2"
+    assert [p.name for p in target.parent.iterdir()] == ["rep"]
+
+
+def test_force_does_not_replace_what_is_not_a_report(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(UsageError, match="not a report"):
+        report.check_target(tmp_path, force=True)
+    with pytest.raises(UsageError, match="not a demo"):
+        demo.check_output(tmp_path)
+
+
+def bench(monkeypatch, *arguments):
+    import argparse
+
+    import intaglio.bench.cases as cases
+
+    parser = argparse.ArgumentParser()
+    cli.configure(parser)
+    monkeypatch.setattr(cli, "matrix", lambda *a, **k: cases.matrix(*a, **k, loader="test_bench:fake_load"))
+    return cli.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_the_verb_writes_the_report_and_prints_the_table(tmp_path, monkeypatch, capsys):
+    artifact_at(tmp_path / "a")
+    options = ("--backend", "torch", "--backend", "onnxruntime", "--rounds", 2, "--size", "48x64", "--prompt", "红心")
+    assert bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep", *options) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].startswith("artifact")
+    assert "report.html" in captured.err
+    data = json.loads((tmp_path / "rep/report.json").read_text(encoding="utf-8"))
+    assert data["cases"][0]["prompts"][0]["size"] == [48, 64]
+    assert data["command"].startswith("intaglio bench a -o rep --backend torch")
+    with pytest.raises(UsageError, match="--force"):
+        bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep")
+    assert bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep", *options, "--force", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["schema_version"] == 1
+
+
+def test_a_wrong_value_is_refused_before_any_work(tmp_path, monkeypatch):
+    artifact_at(tmp_path / "a")
+    for options in (("--size", "64"), ("--backend", "onnx"), ("--rounds", 0)):
+        with pytest.raises(UsageError):
+            bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep", *options)
+    assert not (tmp_path / "rep").exists()
+
+
+def test_tensorrt_without_a_gpu_is_one_line(monkeypatch):
+    import intaglio.bench.memory as memory
+
+    monkeypatch.setattr(memory, "gpus", lambda: ([], "no NVIDIA GPU"))
+    with pytest.raises(Unsupported, match="no NVIDIA GPU"):
+        cli.choose_backends(["tensorrt"])
+
+
+def test_the_demo_builds_both_precisions_and_publishes(tmp_path, monkeypatch, capsys):
+    import argparse
+
+    import intaglio.bench.cases as cases
+
+    def build_all(checkpoint, folder):
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+        found = [artifact_at(folder / "fp32"), artifact_at(folder / "int8", format_="int8")]
+        return {str(a.folder): a for a in found}
+
+    monkeypatch.setattr(demo, "build_all", build_all)
+    monkeypatch.setattr(demo, "default_backends", lambda: ("torch", "openvino"))
+    monkeypatch.setattr(demo, "matrix", lambda *a, **k: cases.matrix(*a, **k, loader="test_bench:fake_load"))
+    parser = argparse.ArgumentParser()
+    demo.configure(parser)
+    args = parser.parse_args(["-o", str(tmp_path / "demo"), "--rounds", "1"])
+    for _ in range(2):  # a second demo replaces the first one's report
+        assert demo.run(args) == 0
+        names = sorted(p.name for p in (tmp_path / "demo").iterdir())
+        assert names == ["artifacts", "images", "report.html", "report.json", "report.md"]
+    assert "向日葵" in (tmp_path / "demo/report.html").read_text(encoding="utf-8")
+    assert "int8" in capsys.readouterr().out
