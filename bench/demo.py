@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -84,6 +85,15 @@ def publish(made: Path, folder: Path) -> None:
         os.replace(made / name, folder / name)
 
 
+def command_line(args: argparse.Namespace) -> str:
+    """The command with every value that decides a figure, and no folder's place."""
+    words = ["intaglio", "demo", "--checkpoint", Path(args.checkpoint).name]
+    for key in ("steps", "rounds", "threads", "seed"):
+        if getattr(args, key) is not None:
+            words += [f"--{key}", str(getattr(args, key))]
+    return shlex.join(words)
+
+
 def run(args: argparse.Namespace) -> int:
     """Build, measure, write, print the table; 1 if a case failed, else 0.
 
@@ -105,13 +115,12 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         threads=args.threads,
         repeats=args.rounds,
+        checkpoint=args.checkpoint,
     )
     temporary = Path(tempfile.mkdtemp(prefix=".report.", suffix=".tmp", dir=args.output))
     try:
         with progress() as tell:
-            report = run_matrix(
-                cases, artifacts, temporary, command=f"intaglio demo --seed {args.seed}", seed=args.seed, tell=tell
-            )
+            report = run_matrix(cases, artifacts, temporary, command=command_line(args), seed=args.seed, tell=tell)
         write(report, temporary)
         publish(temporary, args.output)
     finally:

@@ -24,7 +24,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """Significant digits without an exponent for everyday sizes; a dash where there is no value."""
     if value is None:
         return "–"
-    text = f"{value:.{digits}g}"
+    text = f"{value:#.{digits}g}".removesuffix(".")
     return f"{value:.0f}" if "e+" in text else text
 
 

@@ -9,8 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from intaglio.bench.machine import sentence
 from intaglio.bench.report import cells, columns, decibels, notes, number
 
+WIDEST = 8  # pictures side by side; more wrap
 LARGEST = 512  # pixels; a larger picture is shown scaled down, the original lies beside the page
 COLOURS = {"torch": "#8a6d3b", "onnxruntime": "#2f74c0", "openvino": "#7a4fb5", "tensorrt": "#4c8a2b"}
 OTHER = "#5f6b76"
@@ -34,9 +36,10 @@ td.reason{text-align:left;color:var(--soft);white-space:normal;min-width:20rem}
 tr.error td.reason{color:var(--bad)}
 .bars{display:grid;grid-template-columns:max-content minmax(6rem,1fr) max-content;gap:.45rem .8rem;align-items:center;
 font-size:.86rem;font-variant-numeric:tabular-nums}
+.bars .row{display:contents}
 .bars svg{display:block;width:100%;height:18px}.bars .figure{color:var(--soft)}.bars b{color:var(--ink)}
 .whisker{stroke:var(--ink);stroke-width:1.5;opacity:.75}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.8rem}
+.grid{display:grid;grid-template-columns:repeat(var(--n),minmax(0,13rem));gap:.8rem}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}
 figure img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#8883}
 figure .heat{display:none}
@@ -46,10 +49,11 @@ figcaption b{display:block;overflow-wrap:anywhere}figcaption span{display:block;
 .legend{display:inline-block;width:6rem;height:.7rem;border-radius:3px;vertical-align:middle;
 background:linear-gradient(90deg,#000004,#51127c,#b73779,#fc8961,#fcfdbf)}
 body:has(#heat:checked) .heat{display:block}body:has(#heat:checked) .judged .picture{display:none}
+body>.lead{margin:0 0 .8rem;font-size:.9rem;color:var(--soft)}
 ul{padding-left:1.1rem;font-size:.9rem;color:var(--soft)}li{margin:.25rem 0}
 @media(max-width:600px){body{padding:1rem .75rem 2rem}.grid{grid-template-columns:repeat(3,1fr);gap:.45rem}
-.bars{grid-template-columns:1fr max-content;gap:.1rem .6rem}.bars svg{grid-column:1/-1;margin-bottom:.5rem;order:0}
-.bars .figure{text-align:right}.bars .name{grid-row:auto}
+.bars{display:block}.bars .row{display:grid;grid-template-columns:1fr max-content;gap:.1rem .6rem;margin-bottom:.8rem}
+.bars svg{grid-column:1/-1;order:3}
 figcaption{padding:.35rem .4rem .45rem;font-size:.72rem}}
 """
 
@@ -114,9 +118,9 @@ def bars(report: Mapping[str, Any]) -> str:
         unit = " dB" if worst["psnr"] is not None and not worst["identical"] else ""
         times = f"{case['speedup']['median']:.2f}×" if case["speedup"] else "–"
         parts.append(
-            f"<span class=name>{escape(case['label'])}</span>"
+            f"<div class=row><span class=name>{escape(case['label'])}</span>"
             f"{bar(image['median'], image['min'], image['max'], longest, colour(case['backend']), text)}"
-            f"<span class=figure><b>{times}</b> · {number(image['median'])} s · {label}{unit}</span>"
+            f"<span class=figure><b>{times}</b> · {number(image['median'])} s · {label}{unit}</span></div>"
         )
     return f"<div class=bars>{''.join(parts)}</div>"
 
@@ -136,12 +140,12 @@ def figure(case: Mapping[str, Any], picture: Mapping[str, Any], folder: Path, re
     elif picture.get("psnr") is None:
         fidelity = "not comparable"
     else:
-        fidelity = f"{picture['psnr']:.1f} dB, FLIP {picture['flip']:.3f}"
-    return (
-        f'<figure{" class=judged" if heat else ""}><img class=picture alt="{title}" '
-        f'src="{data_uri(folder / picture["image"])}">{heat}'
-        f"<figcaption><b>{escape(case['label'])}</b><span>{times}</span><span>{fidelity}</span></figcaption></figure>"
-    )
+        fidelity = f"{picture['psnr']:.1f} dB</span><span>FLIP {picture['flip']:.3f}"
+    name = escape(case["label"]).replace("/", "/<wbr>")  # a long label breaks after the artifact's name
+    caption = f"<figcaption><b>{name}</b><span>{times}</span><span>{fidelity}</span></figcaption>"
+    source = data_uri(folder / picture["image"])
+    kind = " class=judged" if heat else ""
+    return f'<figure{kind}><img class=picture alt="{title}" src="{source}">{heat}{caption}</figure>'
 
 
 def gallery(report: Mapping[str, Any], folder: Path) -> str:
@@ -154,7 +158,8 @@ def gallery(report: Mapping[str, Any], folder: Path) -> str:
             for case in report["cases"]
             if case["status"] == "ok" and index < len(case.get("prompts", []))
         ]
-        parts.append(f"<h3>{escape(prompt)}</h3><div class=grid>{''.join(pictures)}</div>")
+        style = f"--n:{min(len(pictures), WIDEST)}"
+        parts.append(f'<h3>{escape(prompt)}</h3><div class=grid style="{style}">{"".join(pictures)}</div>')
     return "".join(parts)
 
 
@@ -165,9 +170,11 @@ def page(report: Mapping[str, Any], folder: Path) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Intaglio benchmark</title><style>{STYLE}</style></head><body>
-<h1>Intaglio benchmark</h1><code>{escape(report["command"])}</code>
+<h1>Intaglio benchmark</h1>
+<p class=lead>{escape(sentence(report["machine"]))}. Speeds are ratios from interleaved rounds.</p>
+<code>{escape(report["command"])}</code>
 <h2>Seconds per image</h2>
-<p class=figure>Bar: median; whisker: range. Bold: speed against {backend}, interleaved. Last: the worst PSNR.</p>
+<p class=lead>Bar: median; whisker: range. Bold: speed against {backend}, interleaved. Last: the worst PSNR.</p>
 {bars(report)}
 <h2>Figures</h2>{summary(report)}
 <h2>Pictures</h2>

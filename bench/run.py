@@ -127,7 +127,7 @@ def engine_rows(
                 "status": "not run",
                 "error": f"built, not run: {reason}",
             }
-            for sm, size in sorted(sizes.items())
+            for sm, size in sorted(sizes.items(), key=lambda item: (len(item[0]), item[0]))
         ]
     return rows
 

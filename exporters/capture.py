@@ -13,7 +13,7 @@ import numpy as np
 
 from intaglio.exporters.checkpoint import Parameter, Weights
 from intaglio.exporters.component import Component
-from intaglio.profiles.errors import CheckpointError
+from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
 
 if TYPE_CHECKING:
@@ -37,13 +37,20 @@ def capture(component: Component, config: Mapping[str, Any], weights: Weights, s
         shapes: ranges of the axes; the trace happens off their bounds.
 
     Raises:
-        CheckpointError: parameters are missing, left over, or of another shape.
+        CheckpointError: the library refuses the configuration; parameters are missing, left over, or of another shape.
     """
     import torch
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), torch.no_grad():
-        module = component.wrap(component.model(config))
+        try:
+            untrained = component.model(config)
+        except ToolError:
+            raise
+        except Exception as error:  # each library refuses configurations with exceptions of its own
+            place = weights.files[0].parent / "config.json"
+            raise CheckpointError(f"{place} does not describe a model: {error}") from error
+        module = component.wrap(untrained)
     buffers = {name: b.numpy().copy() for name, b in module.named_buffers()}
     parameters = match_parameters(component, module, weights)
     module = module.to("meta").eval()

@@ -92,7 +92,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")
-    return data
+    return _Config(data, path)
+
+
+class _Config(dict[str, Any]):
+    """A JSON object that knows its file, so that a key it lacks is the checkpoint's error and not ours."""
+
+    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
+        super().__init__(data)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self._path} has no {key!r}; the checkpoint is incomplete")
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

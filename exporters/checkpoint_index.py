@@ -28,17 +28,30 @@ def digest_of(sources: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(sources.items()))).encode()).hexdigest()
 
 
+def _known() -> dict[str, Any]:
+    try:
+        known = json.loads(index_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def known_folder(digest: str) -> str | None:
+    """Where a checkpoint was last seen, if something is there still."""
+    folder = _known().get(digest)
+    return folder if folder is not None and Path(folder).is_dir() else None
+
+
 def remember(checkpoint: Checkpoint, digest: str) -> None:
     """Note where a checkpoint lies. A cache that cannot be written is no reason to fail a build."""
     file = index_file()
     try:
-        known = json.loads(file.read_text()) if file.exists() else {}
-        known[digest] = str(checkpoint.folder.resolve())
+        known = {**_known(), digest: str(checkpoint.folder.resolve())}
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(known, indent=1))
         os.replace(temporary, file)
-    except (OSError, ValueError):
+    except OSError:
         return
 
 
@@ -49,17 +62,13 @@ def find_checkpoint(provenance: Mapping[str, Any], given: str = "") -> Checkpoin
         CheckpointError: it cannot be found, or its files changed since the build.
     """
     digest, name = provenance["digest"], provenance["checkpoint"]
-    source: str | Path | None = given or (name if name in EMBEDDED else None)
-    if source is None:
-        try:
-            source = json.loads(index_file().read_text()).get(digest)
-        except (OSError, ValueError):
-            source = None
+    source = given or (name if name in EMBEDDED else known_folder(digest))
     if source is None:
         raise CheckpointError(f"the torch backend needs the checkpoint {name!r}; add --checkpoint FOLDER")
     checkpoint = open_checkpoint(source)
     if digest_of(source_digests(checkpoint)) != digest:
         raise CheckpointError(
-            f"{checkpoint.folder} is not the checkpoint this artifact was built from, or it changed since"
+            f"{checkpoint.folder} is not the checkpoint this artifact was built from, or it changed since; "
+            "build the artifact again or add --checkpoint FOLDER"
         )
     return checkpoint

@@ -7,8 +7,21 @@ import json
 from typing import Any
 
 from intaglio.profiles.command import Verb, say
-from intaglio.profiles.errors import UsageError
+from intaglio.profiles.errors import MissingDependency, UsageError
 from intaglio.profiles.family import parse_assignments
+from intaglio.profiles.registry import installed
+
+EXPORT_MODULES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "ml_dtypes",
+)
 
 
 def configure_build(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +57,14 @@ def parse_quant(values: list[str]) -> dict[str, str]:
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Build and say what was made."""
+    """Build and say what was made.
+
+    Raises:
+        MissingDependency: a package that reads or traces checkpoints is not installed.
+    """
+    for module in EXPORT_MODULES:
+        if not installed(module):
+            raise MissingDependency(f"{module} is not installed; run: pip install 'intaglio[export]'")
     from intaglio.exporters.build import build
 
     artifact = build(

@@ -5,6 +5,7 @@ For a quantized artifact the weights are ``decode(codes)``, read back from the a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 from intaglio.exporters.checkpoint_index import find_checkpoint
 from intaglio.exporters.component import family_of
 from intaglio.profiles.artifact import Artifact
-from intaglio.profiles.errors import Unsupported
+from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.profiles.registry import need
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.quantize.decode import decoded_weights
@@ -81,10 +82,13 @@ def torch_device(name: str) -> torch.device:
     """The device asked for.
 
     Raises:
+        UsageError: it is neither ``cpu`` nor ``cuda`` nor ``cuda:N``.
         Unsupported: CUDA was asked for and is not there; there is no fallback.
     """
     import torch
 
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"device {name!r} is unknown to torch; allowed: cpu, cuda, cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
         raise Unsupported(f"device {name!r}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
     return torch.device(name)

@@ -153,6 +153,7 @@ class StableDiffusion:
         """Text encoder, UNet, VAE encoder and decoder."""
         text, unet, vae = (checkpoint.config(part) for part in ("text_encoder", "unet", "vae"))
         check_classes(checkpoint, unet)
+        check_files(checkpoint)
         factor = vae_scale_factor(vae)
         latent = (f"height/{factor}", f"width/{factor}")
         image = spec("sample", "batch", vae["in_channels"], "height", "width")
@@ -261,6 +262,19 @@ def check_classes(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> None:
     for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if unet.get(key) is not None:
             raise Unsupported(f"unet/config.json has {key} = {unet[key]!r}, which the family 'sd' does not feed")
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """What `copy_files` will need is there.
+
+    Raises:
+        CheckpointError: naming the file of the tokenizer or the scheduler that is missing or not JSON.
+    """
+    checkpoint.config("scheduler", "scheduler_config.json")
+    checkpoint.config("tokenizer", "tokenizer_config.json")
+    names = ("tokenizer.json", "vocab.json")
+    if not any((checkpoint.folder / "tokenizer" / name).exists() for name in names):
+        raise CheckpointError(f"{checkpoint.folder / 'tokenizer' / names[1]} is missing; the checkpoint is incomplete")
 
 
 def vae_scale_factor(vae: Mapping[str, Any]) -> int:

@@ -34,8 +34,11 @@ class Stages:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Take the bar away."""
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Stop the bar; after an error it goes, so that the error stands alone."""
+        if kind is not None:
+            self._progress.live.transient = True
+            self._progress.console.quiet = not self._progress.console.is_interactive
         self._progress.stop()
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Artifact:
         """
         listed = read_sums(self.folder)
         present = {p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()}
+        for link in sorted(p for p in self.folder.rglob("*") if p.is_symlink()):
+            raise ArtifactError(f"{link} is a symbolic link, which no runtime follows; copy the artifact with cp -rL")
         for name in sorted(present - listed.keys() - {SUMS}):
             raise ArtifactError(f"{self.folder / name} is not listed in {SUMS}; remove it or build the artifact again")
         for name in sorted(listed.keys() - present):
@@ -96,16 +98,23 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read; build the artifact again") from error
     sums = {}
-    for line in lines:
+    for line in text.removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name:
             raise ArtifactError(f"{path} has a malformed line {line!r}; build the artifact again")
         sums[name] = digest
+    if text != format_sums(sums):
+        raise ArtifactError(f"{path} was altered; build the artifact again")
     return sums
+
+
+def format_sums(sums: Mapping[str, str]) -> str:
+    """The one way ``SHA256SUMS`` is written: sorted, as ``sha256sum -c`` reads it."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 @contextlib.contextmanager
@@ -115,8 +124,10 @@ def writing(target: Path, *, force: bool = False) -> Iterator[Path]:
     With `force` an existing folder is replaced by one rename.
 
     Raises:
-        UsageError: `target` exists, or its parent cannot be written.
+        UsageError: `target` has no name, exists, or its parent cannot be written.
     """
+    if target.name in ("", ".."):
+        raise UsageError(f"output {str(target)!r} has no name of its own; choose a folder to create")
     if target.exists() and not force:
         raise UsageError(f"{target} exists; choose another name or add --force to replace it")
     if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
@@ -146,7 +157,12 @@ def swap(temporary: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
     if target.exists():
         os.replace(target, old)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -165,5 +181,5 @@ def seal(folder: Path, manifest: Manifest, build_log: dict[str, Any]) -> Manifes
     (folder / BUILD_LOG).write_text(json.dumps(build_log, indent=1) + "\n", encoding="utf-8")
     for name in (BUILD_LOG, MANIFEST):
         sums[name] = sha256(folder / name)
-    (folder / SUMS).write_text("".join(f"{sums[n]}  {n}\n" for n in sorted(sums)), encoding="utf-8")
+    (folder / SUMS).write_bytes(format_sums(sums).encode())
     return sealed

@@ -24,7 +24,7 @@ def from_dict(cls: type[T], data: Any, where: str, *, error: type[ToolError] = P
         error: class to raise.
 
     Raises:
-        ToolError: an unknown key, a missing required key, or a value of another type.
+        ToolError: an unknown key, a missing required key, a value of another type, or one the dataclass refuses.
     """
     if not isinstance(data, Mapping):
         raise error(f"{where}: expected a table, found {data!r}")
@@ -37,7 +37,11 @@ def from_dict(cls: type[T], data: Any, where: str, *, error: type[ToolError] = P
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:
             raise error(f"{where}: key {name!r} is missing")
-    return cls(**{k: _convert(hints[k], v, f"{where}: {k}", error) for k, v in data.items()})
+    values = {k: _convert(hints[k], v, f"{where}: {k}", error) for k, v in data.items()}
+    try:
+        return cls(**values)
+    except ToolError as refusal:
+        raise error(f"{where}: {refusal}") from refusal
 
 
 def _convert(hint: Any, value: Any, where: str, error: type[ToolError]) -> Any:

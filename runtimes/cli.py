@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import tempfile
 import uuid
 import warnings
 from pathlib import Path
@@ -65,10 +66,15 @@ def output_files(output: Path, count: int, *, force: bool) -> list[Path]:
     """
     if output.suffix.lower() != ".png":
         raise UsageError(f"output {output} is not a .png name")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UsageError(f"{output.parent} is not a folder that can be written; create it or choose another")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):  # os.access says yes to root
+            pass
+    except OSError as error:
+        raise UsageError(f"{output.parent} is not a folder that can be written; create it or choose another") from error
     files = [output] if count == 1 else [output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(count)]
     for file in files:
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder; choose another name")
         if file.exists() and not force:
             raise UsageError(f"{file} exists; choose another name or add --force")
     return files
@@ -136,11 +142,19 @@ def generate(pipeline: Pipeline, prompt: str, parameters: dict[str, Any]) -> Res
             except StopIteration as stop:
                 result: Result = stop.value
                 return result
+            except BaseException:  # the bar goes, so that the error stands alone
+                progress.live.transient = True
+                progress.console.quiet = not progress.console.is_interactive
+                raise
             progress.update(task, total=event.total, completed=event.index + 1)
 
 
 def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipeline) -> None:
-    """One PNG, whole or not at all, with its parameters as text: A1111's line and our own JSON."""
+    """One PNG, whole or not at all, with its parameters as text: A1111's line and our own JSON.
+
+    Raises:
+        UsageError: the folder or the disk takes no more.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     manifest = pipeline.artifact.manifest
@@ -152,6 +166,8 @@ def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipe
     try:
         image.save(temporary, format="PNG", pnginfo=info)
         os.replace(temporary, file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror}); choose another output folder") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -63,11 +63,13 @@ def load_engine(backend: str, artifact: Artifact, component: str, options: Engin
     """Load a component on a backend.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: no such backend, or a negative number of threads.
         ArtifactError: the artifact has no such component.
         MissingDependency: the backend is not installed.
     """
     path = pick(ENGINES, backend, "backend")
+    if options is not None and options.threads < 0:
+        raise UsageError(f"threads {options.threads} is not allowed: 0 or more")
     if component not in artifact.manifest.components:
         raise ArtifactError(f"{artifact.folder} has no component {component!r}")
     engine_class: EngineClass = resolve(path)

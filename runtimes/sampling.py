@@ -48,6 +48,9 @@ class Request:
             raise UsageError(f"steps {self.num_inference_steps} is not allowed: 1 or more")
         if not 0 <= self.seed <= LARGEST_SEED - self.count:
             raise UsageError(f"seed {self.seed} is not allowed: 0 to 2**64 - 1")
+        for prompt in (self.prompt, self.negative_prompt):
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UsageError(f"prompt {prompt!r} is not text: its bytes are not UTF-8")
         if not np.isfinite(self.guidance_scale):
             raise UsageError(f"guidance {self.guidance_scale} is not a finite number")
 

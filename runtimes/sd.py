@@ -48,10 +48,11 @@ class StableDiffusion:
         self.scheduler_config = as_pipeline_expects(SchedulerConfig.from_dict(json.loads(text)))
 
     def check(self, request: Request) -> None:
-        """Refuse a size or count outside the artifact's ranges, and latents of another shape.
+        """Refuse a size, count or steps outside the ranges, an unknown scheduler, and latents of another shape.
 
         Raises:
             UsageError: with the value, the range and the nearest allowed value.
+            Unsupported: the scheduler cannot honour the checkpoint's configuration.
         """
         for axis in ("width", "height"):
             self.manifest.shapes[axis].check(axis, getattr(request, axis))
@@ -61,6 +62,7 @@ class StableDiffusion:
             raise UsageError(
                 f"count {request.count} needs a batch of {rows}; this artifact allows {limit}: ask for fewer at once"
             )
+        make_scheduler(request.scheduler, self.scheduler_config, request.num_inference_steps)  # refuses what it cannot
         if request.latents is not None and request.latents.shape != self.latent_shape(request):
             raise UsageError(f"latents have shape {request.latents.shape}, expected {self.latent_shape(request)}")
 

@@ -55,9 +55,10 @@ class ClipTokenizer:
         return np.stack([self._encode(p, limit) for p in prompts])
 
     def _encode(self, prompt: str, limit: int) -> np.ndarray:
-        ids: list[int] = self.tokenizer.encode(prompt).ids
+        encoding = self.tokenizer.encode(prompt)
+        ids: list[int] = encoding.ids
         if len(ids) > limit:
-            cut = self.tokenizer.decode(ids[limit - 1 : -1])
+            cut = prompt[encoding.offsets[limit - 1][0] :]
             message = f"the prompt has {len(ids)} tokens, the text encoder takes {limit}; cut off: {cut!r}"
             warnings.warn(message, PromptTruncated, stacklevel=2)
             ids = [*ids[: limit - 1], self.end]

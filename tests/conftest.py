@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -83,6 +84,26 @@ def tiny_artifact(tiny_checkpoint, tmp_path_factory):
 def tiny_artifact_int8(tiny_checkpoint, tmp_path_factory):
     """The same with int8 weights."""
     return built(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "int8", {"*": "int8"})
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandResult:
+    """A finished ``intaglio build`` and the folder it wrote."""
+
+    folder: Path
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def cli_build(tiny_checkpoint, tiny_artifact, tmp_path_factory):
+    """The artifact of `tiny_artifact` once more, by the command line in its own process, over an older artifact."""
+    folder = Path(shutil.copytree(tiny_artifact.folder, tmp_path_factory.mktemp("cli") / "artifact"))
+    (folder / "leftover.txt").write_text("of the older artifact")
+    command = [sys.executable, "-m", "intaglio", "build", tiny_checkpoint, "-o", folder, "--target", "openvino"]
+    result = subprocess.run([*command, "--force", "--json"], capture_output=True, text=True, check=False)
+    return CommandResult(folder, result.returncode, result.stdout, result.stderr)
 
 
 def built(checkpoint, folder, quant):

@@ -159,10 +159,10 @@ def test_every_case_and_every_plan_has_a_row(finished):
     labels = [c["label"] for c in result["cases"]]
     assert labels == [
         *(f"{a}/{b}" for a in ("fp32", "int8") for b in ("torch", "onnxruntime", "openvino")),
-        "int8/tensorrt sm120",
         "int8/tensorrt sm89",
+        "int8/tensorrt sm120",
     ]
-    plans = result["cases"][-1]
+    plans = result["cases"][-2]
     assert plans["artifact_bytes"] == 2000
     assert plans["error"] == "built, not run: no NVIDIA GPU"
     assert all(c["status"] == "ok" for c in result["cases"][:6])
@@ -458,5 +458,26 @@ def test_the_demo_builds_both_precisions_and_publishes(tmp_path, monkeypatch, ca
         assert demo.run(args) == 0
         names = sorted(p.name for p in (tmp_path / "demo").iterdir())
         assert names == ["artifacts", "images", "report.html", "report.json", "report.md"]
+    command = json.loads((tmp_path / "demo/report.json").read_text(encoding="utf-8"))["command"]
+    assert command == "intaglio demo --checkpoint emoji --rounds 1 --threads 1 --seed 0"
     assert "向日葵" in (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert "int8" in capsys.readouterr().out
+
+
+def test_a_busy_machine_and_an_unsteady_case_are_said(finished):
+    import copy
+
+    result = copy.deepcopy(finished[1])
+    result["load_average"]["start"] = 3.0
+    slow = result["cases"][0]
+    slow["image_s"].update(min=0.2, max=3.6)
+    slow.update(unsteady=True, speedup_of_fastest=1.7)
+    text = " ".join(report.notes(result))
+    assert "The machine was busy" in text
+    assert "fp32/torch is unsteady: its slowest image took 18.00 times its fastest" in text
+    assert "the ratio is 1.70" in text
+
+
+def test_spread_has_no_percentile():
+    assert run.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3, "values": [3.0, 1.0, 2.0]}
+    assert run.spread([]) is None

@@ -42,8 +42,8 @@ def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon", schedule
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=length,
@@ -58,7 +58,7 @@ def stable_diffusion(folder: Path, *, prediction_type: str = "epsilon", schedule
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(32, 64),
         layers_per_block=1,
-        cross_attention_dim=32,
+        cross_attention_dim=64,
         attention_head_dim=4,
         norm_num_groups=8,
     )

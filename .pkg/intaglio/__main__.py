@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
+from typing import NoReturn
 
 from intaglio import __version__
-from intaglio.profiles.errors import ToolError
+from intaglio.profiles.errors import ToolError, UsageError
 from intaglio.profiles.registry import resolve, suggestion
 
 VERBS = {
@@ -19,6 +21,22 @@ VERBS = {
     "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
     "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
 }
+
+# What the file system refuses is the user's to solve; any other OSError is a defect of ours.
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as our one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            UsageError: always.
+        """
+        text = f"{message}; run: {self.prog} --help"
+        raise UsageError(text)
 
 
 def usage() -> str:
@@ -47,15 +65,20 @@ def main(argv: list[str] | None = None) -> int:
     path, text = VERBS[name]
     try:
         verb = resolve(path)
-        parser = argparse.ArgumentParser(prog=f"intaglio {name}", description=text, allow_abbrev=False)
+        parser = Parser(prog=f"intaglio {name}", description=text, allow_abbrev=False)
         verb.configure(parser)
         return int(verb.run(parser.parse_args(arguments[1:])))
     except ToolError as error:
         print(f"intaglio: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in REFUSALS:
+            raise
+        print(f"intaglio: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("intaglio: interrupted; nothing was written", file=sys.stderr)
         return 130

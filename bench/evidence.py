@@ -1,0 +1,128 @@
+"""Long checks: ``make evidence [NAME]`` runs them and keeps their figures in ``bench/results/evidence/NAME.json``.
+
+Each file holds the commit, the command, the machine class, the digests of the sources it speaks of, and the figures. It
+is stale when one of those sources changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intaglio.profiles.errors import ToolError
+from intaglio.profiles.registry import pick, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path("bench/results/evidence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A long check: the function that measures (``"module:name"``), and glob patterns of the files it speaks of."""
+
+    run: str
+    sources: tuple[str, ...]
+    about: str
+
+
+LOOP = ("runtimes/sd.py", "runtimes/schedule*.py", "runtimes/noise.py", "runtimes/text.py")
+CHECKS = {
+    "emoji": Check(
+        run="intaglio.bench.evidence_emoji:measure",
+        sources=("profiles/emoji/**/*.safetensors", "profiles/emoji/names.json", "bench/retrieval.py"),
+        about="retrieval of 200 names in English and in Chinese from the embedded checkpoint",
+    ),
+    "pictures": Check(
+        run="intaglio.bench.evidence_pictures:measure",
+        sources=("profiles/emoji/**/*.safetensors", *LOOP, "exporters/passes.py", "quantize/int8.py"),
+        about="PSNR against diffusers: every scheduler, two sizes, English and Chinese, each backend and format",
+    ),
+    "fresh_clone": Check(
+        run="intaglio.bench.evidence_fresh_clone:measure",
+        sources=("Makefile", "constraints.txt", "pyproject.toml", ".ci/run"),
+        about="git clone, make demo and make test in a new folder with a new environment, in minutes",
+    ),
+}
+
+
+def source_digest(check: Check, root: Path = ROOT) -> str:
+    """sha256 over the names and contents of a check's sources."""
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in check.sources for p in root.glob(pattern) if p.is_file()}):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def status(root: Path = ROOT) -> dict[str, str]:
+    """``fresh``, ``stale`` or ``missing`` per check."""
+    states = {}
+    for name, check in CHECKS.items():
+        file = root / FOLDER / f"{name}.json"
+        if not file.exists():
+            states[name] = "missing"
+            continue
+        recorded = json.loads(file.read_text())["sources_sha256"]
+        states[name] = "fresh" if recorded == source_digest(check, root) else "stale"
+    return states
+
+
+def machine_class() -> dict[str, Any]:
+    """What the figures were measured on, without names."""
+    from intaglio.bench.machine import fingerprint
+
+    return fingerprint()
+
+
+def record(name: str) -> Path:
+    """Run one check and write its file."""
+    check = pick(CHECKS, name, "check")
+    measure: Callable[[], dict[str, Any]] = resolve(check.run)
+    digest = source_digest(check)
+    figures = measure()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    facts = {
+        "name": name,
+        "about": check.about,
+        "command": f"make evidence {name}",
+        "commit": commit.stdout.strip() or None,
+        "machine": machine_class(),
+        "sources_sha256": digest,
+        "figures": figures,
+    }
+    folder = ROOT / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.json"
+    temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / f"{name}.json")
+    return folder / f"{name}.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``python -m intaglio.bench.evidence [NAME…]``; without a name, those that are missing or stale."""
+    parser = argparse.ArgumentParser(prog="intaglio.bench.evidence", description=__doc__)
+    parser.add_argument("names", nargs="*", help=", ".join(CHECKS))
+    parser.add_argument("--status", action="store_true", help="only say which are fresh, stale or missing")
+    args = parser.parse_args(argv)
+    states = status()
+    if args.status:
+        print("\n".join(f"{name:<12} {state}" for name, state in states.items()))
+        return 0
+    try:
+        for name in args.names or [n for n, state in states.items() if state != "fresh"]:
+            print(record(name))
+    except ToolError as error:
+        print(f"intaglio: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
