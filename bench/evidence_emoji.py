@@ -10,9 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from intaglio.bench.retrieval import LANGUAGES, ranks, read_training_set, share_within
+from intaglio.bench.retrieval import LANGUAGES, ranks, share_within
 from intaglio.exporters.build import build
 from intaglio.exporters.checkpoint import embedded_folder
+from intaglio.exporters.emoji_data import read_training_set
 from intaglio.runtimes.pipeline import load
 
 NAMES, STEPS = 200, 20

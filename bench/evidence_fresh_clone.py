@@ -33,6 +33,8 @@ def measure() -> dict[str, Any]:
             )
             tail = done.stdout.splitlines()[-30:]
             if done.returncode:
-                raise ToolError(f"{command} failed in a fresh clone: {' | '.join((tail + done.stderr.splitlines())[-8:])}")
+                raise ToolError(
+                    f"{command} failed in a fresh clone: {' | '.join((tail + done.stderr.splitlines())[-8:])}"
+                )
             figures[command] = {"minutes": round((time.monotonic() - start) / 60, 2), "output": tail}
     return figures

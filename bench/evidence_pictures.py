@@ -31,7 +31,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def reference_pipeline() -> Any:
-    """diffusers' own pipeline on the embedded checkpoint, float32, silent."""
+    """Diffusers' own pipeline on the embedded checkpoint, float32, silent."""
     import torch
     from diffusers import StableDiffusionPipeline
 

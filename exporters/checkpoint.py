@@ -57,7 +57,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     folder = embedded_folder(str(source)) if str(source) in EMBEDDED else Path(source)
     if folder.suffix in PICKLES:
         raise CheckpointError(
-            f"{folder} is a pickle ({folder.suffix}), which can run code when it is read; convert it to safetensors first"
+            f"{folder} is a pickle ({folder.suffix}) and can run code when it is read; convert it to safetensors first"
         )
     if not folder.is_dir():
         near = suggestion(str(source), EMBEDDED)
@@ -205,5 +205,5 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def source_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """sha256 of every file the build may read, by relative path."""
     wanted = [p for p in checkpoint.folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file()]
-    names = {p.relative_to(checkpoint.folder).as_posix(): p for p in wanted if p.name != "training.json"}
+    names = {p.relative_to(checkpoint.folder).as_posix(): p for p in wanted}
     return {name: sha256(names[name]) for name in sorted(names)}

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+    from PIL.Image import Image
 
 NPM_PACKAGES = {"@iconify-json/fluent-emoji-flat": "1.2.6", "emojibase-data": "17.0.0"}
 NEWEST_EMOJI_VERSION = 1.0  # the emoji of Unicode Emoji 1.0 and before: the ones everybody has and uses
@@ -29,6 +31,8 @@ SKIPPED_GROUPS = (2, 8, 9, None)  # components, symbols (arrows and lettered but
 CLOCK_FACE = re.compile(r"(o’clock|-thirty)$")  # 24 dials that differ by one hand
 TOKENIZER_LENGTH = 24
 BPE_SIZE = 4094
+SIDE = 32  # pixels of a thumbnail
+COLUMNS = 28  # thumbnails in a row of images.png
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,3 +155,50 @@ def train_tokenizer(emoji: Iterable[Emoji], folder: Path) -> None:
     CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=TOKENIZER_LENGTH
     ).save_pretrained(folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """Names in codepoint order (``hexcode``, ``en``, ``zh``) and images float32 [N, 32, 32, 3] in 0 to 255."""
+
+    names: list[dict[str, str]]
+    images: np.ndarray
+
+    def spread(self, count: int) -> list[int]:
+        """`count` indices evenly spaced in codepoint order: nobody picks them by hand."""
+        return [int(i) for i in np.linspace(0, len(self.names) - 1, count).round()]
+
+    def rank(self, image: Image, index: int) -> int:
+        """How many training images are nearer to `image` than the one at `index`; 0 is the best."""
+        distances = np.square(self.images - thumbnail(image)).sum(axis=(1, 2, 3))
+        return int((distances < distances[index]).sum())
+
+
+def thumbnail(image: Image) -> np.ndarray:
+    """float32 [32, 32, 3] in 0 to 255, area-averaged."""
+    from PIL import Image as Pillow
+
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Pillow.Resampling.BOX), np.float32)
+
+
+def read_training_set(checkpoint: Path) -> TrainingSet:
+    """Read ``names.json`` and the sheet ``images.png`` of the embedded checkpoint."""
+    from PIL import Image as Pillow
+
+    names = json.loads((checkpoint / "names.json").read_text(encoding="utf-8"))
+    sheet = np.asarray(Pillow.open(checkpoint / "images.png").convert("RGB"), np.float32)
+    tiles = sheet.reshape(-1, SIDE, COLUMNS, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIDE, SIDE, 3)
+    return TrainingSet(names=names, images=tiles[: len(names)])
+
+
+def write_training_set(checkpoint: Path, names: Sequence[dict[str, str]], images: np.ndarray) -> None:
+    """Write what `read_training_set` reads; `images` uint8 [N, S, S, 3]."""
+    from PIL import Image as Pillow
+
+    rows = -(-len(images) // COLUMNS)
+    sheet = np.full((rows * COLUMNS, SIDE, SIDE, 3), 255, np.uint8)
+    sheet[: len(images)] = [thumbnail(Pillow.fromarray(i)).round().astype(np.uint8) for i in images]
+    grid = sheet.reshape(rows, COLUMNS, SIDE, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(rows * SIDE, COLUMNS * SIDE, 3)
+    Pillow.fromarray(grid).save(checkpoint / "images.png", optimize=True)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in names)
+    (checkpoint / "names.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from intaglio.exporters import emoji_data
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ UNET_CHANNELS = (128, 192, 160)
 TEXT_WIDTH = 160
 SAVE_SECONDS = 240.0
 EMA_DECAY = 0.999
+SAMPLING_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 
 class Trainer:
@@ -286,8 +288,8 @@ def make_scheduler() -> Any:
 
 def train_unet(
     emoji: list[emoji_data.Emoji], latents: torch.Tensor, tokenizer: Any, work: Path, *, minutes: float, device: str
-) -> tuple[Any, Any, Any, Trainer]:
-    """Train UNet and text encoder together; return them with the scheduler and the trainer."""
+) -> tuple[Any, Any, Any]:
+    """Train UNet and text encoder together; return them with the scheduler."""
     import torch
     import torch.nn.functional as F
     from diffusers.models.attention_processor import AttnProcessor
@@ -319,7 +321,7 @@ def train_unet(
 
     train(trainer, loss, "unet")
     trainer.use_average()
-    return text_encoder, unet, scheduler, trainer
+    return text_encoder, unet, scheduler
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -348,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     emoji_data.train_tokenizer(emoji, args.work / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     vae, latents = train_vae(images, args.work, minutes=args.vae_minutes, device=args.device)
-    text_encoder, unet, scheduler, trainer = train_unet(
+    text_encoder, unet, scheduler = train_unet(
         emoji, latents, tokenizer, args.work, minutes=args.unet_minutes, device=args.device
     )
     train_decoder(vae, latents, images, args.work, minutes=args.decoder_minutes, device=args.device)
@@ -364,8 +366,9 @@ def main(argv: list[str] | None = None) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(args.output)
-    facts = {"images": len(emoji), "unet_steps": trainer.step, "unet_minutes": round(trainer.elapsed / 60, 1)}
-    (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    names = [{"hexcode": one.hexcode, "en": one.label, "zh": one.zh} for one in emoji]
+    emoji_data.write_training_set(args.output, names, images)
+    (args.output / "sampling_defaults.json").write_text(json.dumps(SAMPLING_DEFAULTS, indent=1) + "\n")
 
 
 if __name__ == "__main__":

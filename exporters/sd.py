@@ -226,6 +226,7 @@ class StableDiffusion:
         """Latent geometry and scaling, tokenizer length."""
         unet, vae = checkpoint.config("unet"), checkpoint.config("vae")
         return {
+            **sampling_defaults(checkpoint),
             "latent_channels": vae["latent_channels"],
             "vae_scale_factor": vae_scale_factor(vae),
             "scaling_factor": vae.get("scaling_factor", 0.18215),
@@ -247,6 +248,21 @@ class StableDiffusion:
                 shutil.copyfile(source / name, target / name)
         if not (source / "tokenizer.json").exists():
             CLIPTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def sampling_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's own ``sampling_defaults.json``, where it has one: steps and guidance it was made for.
+
+    Raises:
+        CheckpointError: it has another key.
+    """
+    if not (checkpoint.folder / "sampling_defaults.json").exists():
+        return {}
+    defaults = checkpoint.config(".", "sampling_defaults.json")
+    unknown = sorted(defaults.keys() - {"num_inference_steps", "guidance_scale"})
+    if unknown:
+        raise CheckpointError(f"{checkpoint.folder / 'sampling_defaults.json'} has the unknown key {unknown[0]!r}")
+    return defaults
 
 
 def check_classes(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> None:

@@ -143,9 +143,8 @@ def writing(target: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         swap(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already when the rename succeeded
 
 
 def swap(temporary: Path, target: Path) -> None:

@@ -29,12 +29,13 @@ class Int8:
         scale = np.where(peak > 0, peak / np.float32(LIMIT), 1).astype(np.float32)
         # A subnormal scale would be flushed to zero by some engines; such a channel is zero to every reader.
         scale = np.maximum(scale, np.finfo(np.float32).tiny)
-        codes = np.rint(weight / broadcast(scale, weight.ndim, axis)).clip(-LIMIT, LIMIT).astype(np.int8)
+        codes: np.ndarray = np.rint(weight / broadcast(scale, weight.ndim, axis)).clip(-LIMIT, LIMIT).astype(np.int8)
         return codes, scale
 
     def decode(self, codes: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
         """float32 ``codes * scale``, exactly what DequantizeLinear computes."""
-        return np.multiply(codes, broadcast(scale, codes.ndim, axis), dtype=np.float32)
+        value: np.ndarray = np.multiply(codes, broadcast(scale, codes.ndim, axis), dtype=np.float32)
+        return value
 
 
 def broadcast(scale: np.ndarray, ndim: int, axis: int) -> np.ndarray:

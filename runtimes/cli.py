@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         settings=backend_settings(args.backend, args.set),
     )
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(f"warning: {message}")  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         warnings.simplefilter("always")
         result = generate(pipeline, args.prompt, parameters)
     for file, image, seed in zip(files, result.images, result.seeds, strict=True):
@@ -169,7 +169,7 @@ def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipe
     except OSError as error:
         raise UsageError(f"{file} cannot be written ({error.strerror}); choose another output folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        pass
 
 
 def infotext(parameters: dict[str, Any], model: str) -> str:

@@ -1,4 +1,4 @@
-"""The ``null`` engine: right shapes and dtypes, cheap deterministic numbers. For tests of loops, servers and reports."""
+"""The ``null`` engine: right shapes and dtypes, cheap deterministic numbers. For tests."""
 
 from __future__ import annotations
 

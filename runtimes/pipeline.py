@@ -73,8 +73,10 @@ class Pipeline:
             prompt: text, in any language the checkpoint knows.
             negative_prompt: what to steer away from; used when `guidance_scale` is above 1.
             seed: image k of `count` equals the picture of ``seed + k`` alone.
-            width, height: pixels; the artifact's own size where not given.
-            num_inference_steps, guidance_scale: the family's defaults where not given.
+            width: pixels; the artifact's own where not given.
+            height: pixels; likewise.
+            num_inference_steps: the artifact's default where not given.
+            guidance_scale: likewise; above 1 the negative prompt takes part.
             scheduler: a name from SCHEDULERS; the checkpoint's own where not given.
             count: images at once.
             latents: noise to start from, standard normal float32 [count, C, h, w].

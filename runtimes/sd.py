@@ -115,7 +115,8 @@ class StableDiffusion:
         if not guided(request):
             return output
         unconditional, conditional = np.split(output, 2)
-        return unconditional + np.float32(request.guidance_scale) * (conditional - unconditional)
+        mixed: np.ndarray = unconditional + np.float32(request.guidance_scale) * (conditional - unconditional)
+        return mixed
 
     def _decode(self, engines: Components, request: Request, latents: np.ndarray, clock: Clock) -> Result:
         with clock.stage("vae_decoder"):

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -65,9 +66,8 @@ def test_a_change_to_any_file_is_refused_by_name(change, tiny_artifact, copy_art
         message = refusal(folder)
         # A digest that was altered in the list is seen at the file it speaks of.
         accepted = names if name == "SHA256SUMS" else [name]
-        assert any(str(folder / n) in message for n in accepted) or (name == "manifest.json" and name in message), (
-            f"{name}, {change}: {message or 'silent'}"
-        )
+        named = any(re.search(rf"{re.escape(str(folder / n))}(?![\w.])", message) for n in accepted)
+        assert named or (name == "manifest.json" and name in message), f"{name}, {change}: {message or 'silent'}"
         assert "\n" not in message
         (folder / name).unlink(missing_ok=True)
         shutil.copyfile(tiny_artifact.folder / name, folder / name)
@@ -199,7 +199,7 @@ def test_nothing_tells_who_built_it_or_where(tiny_artifact, tiny_checkpoint):
         str(tiny_checkpoint.parent),
         str(tiny_artifact.folder.parent),
         "site-packages",
-        os.path.expanduser("~/"),
+        f"{Path.home()}/",
     ]
     for name in files_of(tiny_artifact.folder):
         data = (tiny_artifact.folder / name).read_bytes()
@@ -347,5 +347,5 @@ def test_range_without_steps_does_not_speak_of_them():
     ],
 )
 def test_a_range_that_contradicts_itself(values):
-    with pytest.raises(ProfileError, match="needs min <= opt <= max, all multiples of"):
+    with pytest.raises(ProfileError, match=r"needs min <= opt <= max, all multiples of \d"):
         Range(**values)

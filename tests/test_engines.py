@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from intaglio.exporters.parity import random_feeds, relative_error
 from intaglio.profiles.errors import ArtifactError, ToolError, UsageError
 from intaglio.runtimes.engine import ENGINES, EngineOptions, load_engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from intaglio.exporters.store import GRAPH
 from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.quantize.decode import codes_digest, decoded_weights, quantized_weights
@@ -18,7 +19,9 @@ SHAPES = {"MatMul": ((48, 40), 1), "Conv": ((24, 8, 3, 3), 0)}
 
 def weights(shape, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal(shape) * rng.uniform(1e-3, 10, (shape[0],) + (1,) * (len(shape) - 1))).astype(np.float32)
+    return (rng.standard_normal(shape) * rng.uniform(1e-3, 10, (shape[0],) + (1,) * (len(shape) - 1))).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("op", SHAPES)
@@ -63,7 +66,9 @@ def test_edge_weights(name):
 def test_the_same_codes_lie_in_onnx_and_in_the_ir(tiny_artifact_int8):
     openvino = pytest.importorskip("openvino")
     for component in tiny_artifact_int8.manifest.components:
-        stored = [c for *_, c, _, _ in ((p, f, c, s, a) for p, f, c, s, a in quantized_weights(tiny_artifact_int8, component))]
+        stored = [
+            c for *_, c, _, _ in ((p, f, c, s, a) for p, f, c, s, a in quantized_weights(tiny_artifact_int8, component))
+        ]
         model = openvino.Core().read_model(tiny_artifact_int8.component(component) / "openvino_model.xml")
         constants = [
             np.array(op.data)
