@@ -12,7 +12,7 @@ In float32 are computed, besides the operators a contract names:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from intaglio.profiles.errors import Unsupported
 from intaglio.profiles.registry import pick
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-WIDE = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # dtypes a checkpoint's weights may be stored in, besides float32
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # dtypes a checkpoint's weights may be stored in, besides float32
 SMALL = 4096  # elements; constants up to here are looked at, larger ones are weights
 # A finite constant this large stands for infinity (masks hold -3.4e38 or -1e9). It is clamped to the narrow type's
 # largest value rather than kept: kept, the cast behind it would make it -inf, and a fully masked row NaN.
@@ -43,7 +43,7 @@ class CastReport:
     narrow: Counter[str] = field(default_factory=Counter)
     float32: Counter[str] = field(default_factory=Counter)
     casts: int = 0
-    clamped: list[str] = field(default_factory=list)
+    clamped: set[str] = field(default_factory=set)
     float32_scales: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -58,13 +58,17 @@ class CastReport:
         }
 
 
-def cast_graph(model: ir.Model, dtype: str, float32_ops: Iterable[str]) -> CastReport:
+def cast_graph(
+    model: ir.Model, dtype: str, float32_ops: Iterable[str], *, softmax_attribute: bool = True
+) -> CastReport:
     """Cast a float32 graph in place; weights stay lazy and are converted when the graph is written.
 
     Args:
         model: a graph without subgraphs, sorted topologically.
         dtype: ``float16`` or ``bfloat16``.
-        float32_ops: operator types that keep computing in float32. ``Softmax`` also sets the softmax of ``Attention``.
+        float32_ops: operator types that keep computing in float32.
+        softmax_attribute: where ``Softmax`` is among them, ask the same of ``Attention`` by ``softmax_precision``.
+            TensorRT refuses that attribute.
 
     Raises:
         UsageError: another dtype.
@@ -75,10 +79,13 @@ def cast_graph(model: ir.Model, dtype: str, float32_ops: Iterable[str]) -> CastR
     narrow = pick(DTYPES, dtype, "dtype")
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     check_types(model)
-    caster = _Caster(model, narrow, frozenset(float32_ops), CastReport(dtype=dtype))
-    caster.run()
+    wanted, report = frozenset(float32_ops), CastReport(dtype=dtype)
+    _Caster(model, narrow, wanted, report).run()
+    for node in model.graph:
+        if softmax_attribute and node.op_type == "Attention" and "Softmax" in wanted:
+            node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
     common.RemoveUnusedNodesPass()(model)
-    return caster.report
+    return report
 
 
 def check_types(model: ir.Model) -> None:
@@ -90,17 +97,14 @@ def check_types(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     for node in model.graph:
-        if node.domain or any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _attributes(node)):
-            raise Unsupported(
-                f"{node.domain or 'ai.onnx'}::{node.op_type} ({node.name}) cannot be cast to a narrow dtype"
-            )
+        subgraph = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if node.domain or subgraph:
+            raise Unsupported(f"{node.domain or 'ai.onnx'}::{node.op_type} ({node.name}) cannot be cast")
     common.ShapeInferencePass(data_prop=False)(model)
     for node in model.graph:
         for value in node.outputs:
             if value.dtype is None:
-                raise Unsupported(
-                    f"{node.op_type} ({node.name}): the type of {value.name} is not known, it cannot be cast"
-                )
+                raise Unsupported(f"{node.op_type} ({node.name}) cannot be cast: the type of {value.name} is not known")
 
 
 class _Caster:
@@ -128,9 +132,6 @@ class _Caster:
         for index, value in enumerate(graph.outputs):
             if value.dtype == self.narrow:
                 graph.outputs[index] = self._output(value)
-        used = [name for name, value in graph.initializers.items() if value.uses() or value.is_graph_output()]
-        for name in set(graph.initializers) - set(used):
-            del graph.initializers[name]
 
     def _makes_floats(self, node: ir.Node) -> bool:
         """Floats made of integers by anything but a Cast, a fill or a dequantization carry their own dtype."""
@@ -187,8 +188,6 @@ class _Caster:
                 node.attributes["value"] = ir.AttrTensor("value", self._convert(value, str(node.name), dtype))
         elif node.op_type == "ConstantOfShape":
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, dtype.numpy())))
-        elif node.op_type == "Attention" and "Softmax" in self.wanted:
-            node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
 
     def _version(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """`value` in `dtype`: itself, a converted initializer, or a Cast that all later readers share."""
@@ -235,7 +234,7 @@ class _Caster:
                         f"{name} holds {worst:g}, more than {self.report.dtype}'s {self.largest:g}; "
                         "build with another dtype, for example --set tensorrt.dtype=float32"
                     )
-                self.report.clamped.append(name)
+                self.report.clamped.add(name)
                 array = np.where(large, np.sign(array) * np.float32(self.largest), array)
         return np.ascontiguousarray(array.astype(dtype.numpy()))
 
@@ -288,22 +287,13 @@ def formal_types(node: ir.Node, opset: int, narrow: ir.DataType) -> tuple[list[b
     return allowed(schema.inputs, len(node.inputs)), allowed(schema.outputs, len(node.outputs))
 
 
-def weight_bytes(model: ir.Model, size: Callable[[ir.DataType], float]) -> int:
-    """Bytes of all initializers if each element took ``size(dtype)`` bytes."""
-    return int(sum(v.const_value.size * size(v.const_value.dtype) for v in model.graph.initializers.values()))
-
-
-def _attributes(node: ir.Node) -> list[ir.Attr]:
-    return list(node.attributes.values())
-
-
 def _is_stored_weight(node: ir.Node) -> bool:
     """A weight stored as in the checkpoint, with the Cast to float32 that the store put behind it."""
-    if node.op_type != "Cast" or node.outputs[0].dtype != ir.DataType.FLOAT:
-        return False
-    return node.inputs[0].is_initializer() and node.inputs[0].dtype in WIDE
+    to_float = node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT
+    return bool(to_float and node.inputs[0].is_initializer() and node.inputs[0].dtype in HALVES)
 
 
 def _is_heavy(node: ir.Node) -> bool:
-    weights = node.op_type == "MatMul" and (node.inputs[1].is_initializer() and node.inputs[1].const_value.size > SMALL)
+    right = node.inputs[1] if node.op_type == "MatMul" else None
+    weights = right is not None and right.is_initializer() and right.const_value.size > SMALL
     return weights or node.op_type in HEAVY or node.op_type.endswith("Normalization")

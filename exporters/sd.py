@@ -210,13 +210,16 @@ class StableDiffusion:
         """Sizes in steps of the VAE's factor around the checkpoint's own; tokens up to its position embeddings."""
         factor = vae_scale_factor(checkpoint.config("vae"))
         length = checkpoint.config("text_encoder")["max_position_embeddings"]
-        sample = checkpoint.config("unet")["sample_size"]
+        unet = checkpoint.config("unet")
+        # torch.export tells a 1x1 feature map from a larger one: the UNet's lowest level keeps at least 2.
+        smallest = factor * (2 ** (len(unet["block_out_channels"]) - 1) + 1)
+        sample = unet["sample_size"]
         sides = dict(zip(("height", "width"), sample if isinstance(sample, list) else (sample, sample), strict=True))
         ranges = dict(profile.shapes)
         for axis, side in sides.items():
             bounds = ranges[axis]
             opt = side * factor
-            low, high = max(factor * 4, min(bounds.min, opt)), max(bounds.max, opt)
+            low, high = max(smallest, min(bounds.min, opt)), max(bounds.max, opt)
             ranges[axis] = Range(min=low, opt=opt, max=high, multiple=max(factor, bounds.multiple))
         tokens = ranges["tokens"]
         ranges["tokens"] = Range(min=min(tokens.min, length), opt=length, max=length)

@@ -50,6 +50,9 @@ def save_component(model: ir.Model, folder: Path, progress: Callable[[str], None
     model.graph.name = folder.name
     model.producer_name = "intaglio"
     model.producer_version = None
+    for notes in (model.metadata_props, model.graph.metadata_props):
+        for key in [k for k in notes if k.startswith("pkg.")]:  # torch's notes; their order varies from run to run
+            del notes[key]
     ir.save(
         model,
         folder / GRAPH,

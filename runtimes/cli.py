@@ -169,7 +169,7 @@ def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipe
     except OSError as error:
         raise UsageError(f"{file} cannot be written ({error.strerror}); choose another output folder") from error
     finally:
-        pass
+        temporary.unlink(missing_ok=True)
 
 
 def infotext(parameters: dict[str, Any], model: str) -> str:

@@ -123,18 +123,29 @@ def copy_artifact(tmp_path):
 
 
 @pytest.fixture
-def without_openvino(tiny_artifact, copy_artifact):
-    """A sound artifact as ``--target onnx`` alone would have made it."""
-    from intaglio.profiles.artifact import Artifact, seal
+def reseal():
+    """A function: give a changed folder this manifest and new digests, so that it is a sound artifact again."""
+    from intaglio.profiles.artifact import BUILD_LOG, SUMS, seal
+    from intaglio.profiles.manifest import MANIFEST
 
+    def call(folder, manifest) -> Path:
+        for name in (MANIFEST, BUILD_LOG, SUMS):
+            (folder / name).unlink()
+        seal(folder, manifest, {})
+        return folder
+
+    return call
+
+
+@pytest.fixture
+def without_openvino(tiny_artifact, copy_artifact, reseal):
+    """An artifact as ``--target onnx`` alone would have made it."""
     folder = copy_artifact(tiny_artifact, "onnx-only")
-    for file in [*folder.rglob("openvino_model.*"), folder / "SHA256SUMS", folder / "build.json"]:
+    for file in folder.rglob("openvino_model.*"):
         file.unlink()
-    manifest = Artifact(folder=folder, manifest=tiny_artifact.manifest).manifest
-    (folder / "manifest.json").unlink()
+    manifest = tiny_artifact.manifest
     components = {n: dataclasses.replace(c, targets=("onnx",)) for n, c in manifest.components.items()}
-    seal(folder, dataclasses.replace(manifest, components=components), {})
-    return folder
+    return reseal(folder, dataclasses.replace(manifest, components=components))
 
 
 @pytest.fixture
@@ -152,3 +163,9 @@ def intaglio(capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def emoji_artifact(tmp_path_factory):
+    """The embedded checkpoint in float32 for ONNX Runtime and OpenVINO; about a minute, once a session."""
+    return built("emoji", tmp_path_factory.mktemp("artifact") / "emoji", {})

@@ -199,6 +199,7 @@ def test_nothing_tells_who_built_it_or_where(tiny_artifact, tiny_checkpoint):
         str(tiny_checkpoint.parent),
         str(tiny_artifact.folder.parent),
         "site-packages",
+        "pkg.torch",
         f"{Path.home()}/",
     ]
     for name in files_of(tiny_artifact.folder):
@@ -332,7 +333,7 @@ def test_range_refuses_and_gives_the_nearest(value, nearest):
 
 
 def test_range_without_steps_does_not_speak_of_them():
-    with pytest.raises(UsageError, match="^batch 17 is not allowed: 1 to 16; the nearest is 16$"):
+    with pytest.raises(UsageError, match=r"^batch 17 is not allowed: 1 to 16; the nearest is 16$"):
         Range(min=1, opt=2, max=16).check("batch", 17)
 
 

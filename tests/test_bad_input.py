@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -98,7 +100,7 @@ DAMAGE = {  # what happens to a copy of the tiny checkpoint, and what the messag
     ),
     "config.json contradicts itself": (
         lambda c: edit_json(c / "text_encoder/config.json", num_attention_heads=5),
-        ["text_encoder/config.json does not describe a model", "32", "5"],
+        ["text_encoder/config.json does not describe a model", "not a multiple", "5"],
     ),
     "model_index.json missing": (lambda c: (c / "model_index.json").unlink(), ["no model_index.json", "diffusers"]),
     "model_index.json without a class": (
@@ -415,6 +417,68 @@ def test_cuda_without_a_gpu_in_torch(tiny_artifact, refused, tmp_path, monkeypat
 def test_openvino_on_an_artifact_built_without_it(without_openvino, refused, tmp_path):
     words = ["openvino_model.xml is missing", "--target openvino"]
     refused("generate", without_openvino, "cat", "-o", tmp_path / "x.png", "--backend", "openvino", words=words)
+
+
+@pytest.fixture
+def tensorrt_plans(tiny_artifact, copy_artifact, reseal, monkeypatch):
+    """An artifact with plans for SM 8.9 and 12.0 that hold nothing, and an installed API that could load them."""
+    from intaglio.runtimes import engine_tensorrt
+
+    monkeypatch.setattr(engine_tensorrt, "installed_apis", lambda: ("tensorrt-rtx",))
+    monkeypatch.setattr(engine_tensorrt, "load_api", lambda name: types.SimpleNamespace(__version__="9.9.9"))
+    folder = copy_artifact(tiny_artifact, "plans")
+    engines = {}
+    for sm in ("sm89", "sm120"):
+        name = f"text_encoder/tensorrt/model.{sm}.engine"
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"plan")
+        engines[name] = {"sm": sm, "api": "tensorrt-rtx", "version": "1.7.1"}
+    return reseal(folder, dataclasses.replace(tiny_artifact.manifest, engines=engines))
+
+
+def test_plans_for_another_gpu(tensorrt_plans, refused, tmp_path, monkeypatch):
+    from intaglio.runtimes import engine_tensorrt
+
+    monkeypatch.setattr(engine_tensorrt, "capability_of_gpu", lambda index: "sm86")
+    words = ["text_encoder", "this GPU's sm86", "only for sm89, sm120", "--target tensorrt --set tensorrt.sm=sm86"]
+    refused("generate", tensorrt_plans, "cat", "-o", tmp_path / "x.png", "--backend", "tensorrt", words=words)
+
+
+def test_plans_of_another_release(tensorrt_plans, refused, tmp_path, monkeypatch):
+    from intaglio.runtimes import engine_tensorrt
+
+    monkeypatch.setattr(engine_tensorrt, "capability_of_gpu", lambda index: "sm120")
+    words = ["model.sm120.engine", "1.7.1", "9.9.9 is installed", "pip install tensorrt_rtx_cu13_libs==1.7.1"]
+    refused("generate", tensorrt_plans, "cat", "-o", tmp_path / "x.png", "--backend", "tensorrt", words=words)
+
+
+def test_tensorrt_without_a_gpu(tensorrt_plans, refused, tmp_path, monkeypatch):
+    from intaglio.runtimes import tensorrt_api
+
+    monkeypatch.setattr(tensorrt_api, "DRIVER", "libcuda-of-no-machine.so.1")
+    words = ["no NVIDIA GPU", "libcuda-of-no-machine.so.1 is not found"]
+    refused("generate", tensorrt_plans, "cat", "-o", tmp_path / "x.png", "--backend", "tensorrt", words=words)
+
+
+def test_tensorrt_on_a_device_it_does_not_have(tensorrt_plans, refused, tmp_path):
+    command = ("generate", tensorrt_plans, "cat", "-o", tmp_path / "x.png", "--backend", "tensorrt")
+    refused(*command, "--device", "dla", words=["'dla'", "allowed: cuda, cuda:N"])
+
+
+def test_tensorrt_on_an_artifact_built_without_it(tiny_artifact, refused, tmp_path, monkeypatch):
+    from intaglio.runtimes import engine_tensorrt
+
+    monkeypatch.setattr(engine_tensorrt, "installed_apis", lambda: ("tensorrt-rtx",))
+    monkeypatch.setattr(engine_tensorrt, "capability_of_gpu", lambda index: "sm89")
+    command = ("generate", tiny_artifact.folder, "cat", "-o", tmp_path / "x.png", "--backend", "tensorrt")
+    refused(*command, words=["text_encoder has no TensorRT plan", "--target tensorrt"])
+
+
+def test_tensorrt_that_is_not_installed(tiny_artifact, refused, tmp_path, monkeypatch):
+    for module in ("tensorrt", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    words = ["is not installed", "pip install 'intaglio[tensorrt]'"]
+    refused("generate", tiny_artifact.folder, "cat", "-o", tmp_path / "x.png", "--backend", "tensorrt", words=words)
 
 
 def test_torch_backend_and_a_checkpoint_that_moved_or_changed(

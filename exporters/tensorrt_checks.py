@@ -1,0 +1,142 @@
+"""What a TensorRT network and plan are held against: the manifest's tensor facts, the graph's quantizers and codes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.profiles.errors import ParityError
+from intaglio.profiles.spec import TensorSpec
+
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
+# The plan holds the weights as they are, so a much smaller one has lost some; a few constants may be folded.
+LEAST_SHARE = 0.9
+# Besides weights the plan holds kernels. Measured on a tiny SD checkpoint, RTX 1.7.1: 7 to 11 kB a layer and profile.
+KERNEL_BYTES = 16 << 10
+SLACK_BYTES = 8 << 20
+PROBES, PROBE_BYTES = 8, 4096  # quantized weights whose first codes are looked for in the plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The graph TensorRT is given.
+
+    Attributes:
+        path: the graph, in a scratch folder when it was cast.
+        dtype: compute dtype.
+        packed: bytes of its initializers, the least a faithful plan needs.
+        unpacked: bytes if every weight took the compute dtype's.
+        quantizers: DequantizeLinear and QuantizeLinear nodes, by type.
+        probes: the first codes of the largest quantized weights, each in the layouts a plan may have.
+        facts: what the cast did.
+    """
+
+    path: Path
+    dtype: str
+    packed: int
+    unpacked: int
+    quantizers: Mapping[str, int]
+    probes: tuple[tuple[bytes, ...], ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A parsed network as plain data: ports as (name, dtype, shape with -1 where dynamic), layers by type."""
+
+    inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    layers: Mapping[str, int]
+
+
+def probes(model: Any) -> tuple[tuple[bytes, ...], ...]:
+    """The first codes of the largest byte-sized quantized weights: as they are, transposed, channels last."""
+    codes = [n.inputs[0].const_value for n in model.graph if n.op_type == "DequantizeLinear"]
+    codes = [t for t in codes if t is not None and t.dtype.itemsize == 1 and t.size >= PROBE_BYTES]
+    result = []
+    for tensor in sorted(codes, key=lambda t: -int(t.size))[:PROBES]:
+        array = tensor.numpy()
+        layouts = (array, array.T, np.moveaxis(array, 1, -1))
+        result.append(tuple(layout.tobytes()[:PROBE_BYTES] for layout in layouts))
+    return tuple(result)
+
+
+def codes_found(path: Path, wanted: Sequence[Sequence[bytes]]) -> int:
+    """How many of the probes lie in the plan byte for byte.
+
+    All of them did with TensorRT-RTX 1.7.1, whose kernels are made at run time; ``tensorrt`` may store weights in the
+    order of its kernels, so this is recorded as evidence and refused nothing for.
+    """
+    import mmap
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        return sum(any(plan.find(layout) >= 0 for layout in layouts) for layouts in wanted)
+
+
+def network_facts(network: Any) -> Network:
+    """A parsed network as plain data."""
+
+    def port(tensor: Any) -> tuple[str, str, tuple[int, ...]]:
+        kind = tensor.dtype.name
+        return str(tensor.name), TYPES.get(kind, kind), tuple(int(d) for d in tensor.shape)
+
+    layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    return Network(
+        inputs=tuple(port(network.get_input(i)) for i in range(network.num_inputs)),
+        outputs=tuple(port(network.get_output(i)) for i in range(network.num_outputs)),
+        layers=dict(sorted(layers.items())),
+    )
+
+
+def compare(
+    component: str,
+    network: Network,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    quantizers: Mapping[str, int],
+) -> None:
+    """Refuse a network that is not what the manifest and the graph say.
+
+    Raises:
+        ParityError: naming the component and the first difference in ports, dtypes, dynamic axes or quantizers.
+    """
+    for kind, found, wanted in (("input", network.inputs, inputs), ("output", network.outputs, outputs)):
+        names = [port[0] for port in found]
+        if names != [s.name for s in wanted]:
+            raise ParityError(f"{component}: TensorRT has the {kind}s {names}, the manifest {[s.name for s in wanted]}")
+        for (name, dtype, dims), spec in zip(found, wanted, strict=True):
+            if dtype != spec.dtype or len(dims) != len(spec.shape):
+                raise ParityError(f"{component}: TensorRT has {name} {dtype} {dims}, the manifest {spec}")
+            for have, want in zip(dims, spec.shape, strict=True):
+                if (isinstance(want, str) and have != -1) or (isinstance(want, int) and have not in (-1, want)):
+                    raise ParityError(f"{component}: TensorRT made {name} {dims}, the manifest says {spec.shape}")
+    for node, layer in (("DequantizeLinear", "DEQUANTIZE"), ("QuantizeLinear", "QUANTIZE")):
+        if network.layers.get(layer, 0) != quantizers.get(node, 0):
+            raise ParityError(
+                f"{component}: the graph has {quantizers.get(node, 0)} {node} nodes, TensorRT kept "
+                f"{network.layers.get(layer, 0)} {layer} layers; the others were folded away"
+            )
+
+
+def check_size(what: str, size: int, graph: Prepared, format_: str, kernels: int) -> None:
+    """Refuse a plan that lost weights or, of a quantized graph, unpacked them.
+
+    The upper bound lies midway between packed and unpacked weights, plus what `kernels` (layers times profiles) take:
+    in a model of more than some ten MB the weights decide, in a tiny one the kernels do and `codes_found` is the proof.
+
+    Raises:
+        ParityError: with the bytes of the plan and the bound.
+    """
+    if size < LEAST_SHARE * graph.packed:
+        raise ParityError(f"{what}: the plan has {size} bytes, its weights take {graph.packed}; some are missing")
+    bound = (graph.packed + graph.unpacked) // 2 + kernels * KERNEL_BYTES + SLACK_BYTES
+    if format_ != "none" and size > bound:
+        raise ParityError(
+            f"{what}: the {format_} plan has {size} bytes, more than {bound}; packed weights take {graph.packed}, "
+            f"unpacked ones {graph.unpacked}: TensorRT dequantized them at build time"
+        )
