@@ -153,7 +153,8 @@ class _Caster:
         )
 
     def _loses(self, scale: np.ndarray) -> bool:
-        rounded = scale.astype(self.narrow.numpy()).astype(np.float64)
+        with np.errstate(over="ignore"):
+            rounded = scale.astype(self.narrow.numpy()).astype(np.float64)
         return bool((np.abs(rounded - scale) > SCALE_ERROR * np.abs(scale.astype(np.float64))).any())
 
     def _overflows_or_vanishes(self, array: np.ndarray) -> bool:
@@ -161,7 +162,8 @@ class _Caster:
         if not size.any():
             return False
         # Tiny elements beside larger ones are rounding; a constant that becomes zero as a whole (1e-12) is not.
-        vanishes = float(size.max().astype(self.narrow.numpy())) == 0
+        with np.errstate(over="ignore"):
+            vanishes = float(size.max().astype(self.narrow.numpy())) == 0
         return vanishes or bool(((size > self.largest) & (size < STANDS_FOR_INFINITY)).any())
 
     def _retype(self, node: ir.Node, dtype: ir.DataType) -> None:
@@ -295,5 +297,5 @@ def _is_stored_weight(node: ir.Node) -> bool:
 
 def _is_heavy(node: ir.Node) -> bool:
     right = node.inputs[1] if node.op_type == "MatMul" else None
-    weights = right is not None and right.is_initializer() and right.const_value.size > SMALL
+    weights = right is not None and bool(right.is_initializer() and right.const_value.size > SMALL)
     return weights or node.op_type in HEAVY or node.op_type.endswith("Normalization")
