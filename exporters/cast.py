@@ -89,11 +89,7 @@ def cast_graph(
 
 
 def check_types(model: ir.Model) -> None:
-    """Infer types and refuse what the cast cannot see through.
-
-    Raises:
-        Unsupported: naming the node.
-    """
+    """Infer types; raise Unsupported with the node the cast cannot see through."""
     from onnx_ir.passes import common
 
     for node in model.graph:
@@ -108,7 +104,7 @@ def check_types(model: ir.Model) -> None:
 
 
 class _Caster:
-    """One pass over the nodes; remembers the float32 and the narrow version of every value."""
+    """One pass over the nodes; remembers each value in both types."""
 
     def __init__(self, model: ir.Model, narrow: ir.DataType, wanted: frozenset[str], report: CastReport) -> None:
         self.model, self.narrow, self.wanted, self.report = model, narrow, wanted, report
@@ -158,10 +154,10 @@ class _Caster:
         return bool((np.abs(rounded - scale) > SCALE_ERROR * np.abs(scale.astype(np.float64))).any())
 
     def _overflows_or_vanishes(self, array: np.ndarray) -> bool:
+        # Tiny elements beside larger ones are rounding; a constant that becomes zero as a whole (1e-12) is not.
         size = np.abs(array[np.isfinite(array)])
         if not size.any():
             return False
-        # Tiny elements beside larger ones are rounding; a constant that becomes zero as a whole (1e-12) is not.
         with np.errstate(over="ignore"):
             vanishes = float(size.max().astype(self.narrow.numpy())) == 0
         return vanishes or bool(((size > self.largest) & (size < STANDS_FOR_INFINITY)).any())
@@ -171,8 +167,9 @@ class _Caster:
         inputs, outputs = formal_types(node, self.model.graph.opset_imports[""], self.narrow)
         for index, value in enumerate(node.inputs):
             if value in self.floats:
-                wanted = dtype if inputs[index] else ir.DataType.FLOAT
-                node.replace_input_with(index, self._version(value, wanted, node))
+                node.replace_input_with(
+                    index, self._version(value, dtype if inputs[index] else ir.DataType.FLOAT, node)
+                )
         for index, value in enumerate(node.outputs):
             if value in self.floats:
                 value.dtype = dtype if outputs[index] else ir.DataType.FLOAT
@@ -258,7 +255,7 @@ def exact_nodes(nodes: Iterable[ir.Node]) -> set[ir.Node]:
         if node.op_type in ANGLES:
             return True
         to_integer = node.op_type == "Cast" and node.outputs[0].dtype != ir.DataType.FLOAT
-        return to_integer and node.inputs[0].dtype == ir.DataType.FLOAT
+        return to_integer and bool(node.inputs[0].dtype == ir.DataType.FLOAT)
 
     todo = [node for node in nodes if starts(node)]
     found: set[ir.Node] = set()
@@ -297,5 +294,5 @@ def _is_stored_weight(node: ir.Node) -> bool:
 
 def _is_heavy(node: ir.Node) -> bool:
     right = node.inputs[1] if node.op_type == "MatMul" else None
-    weights = right is not None and bool(right.is_initializer() and right.const_value.size > SMALL)
-    return weights or node.op_type in HEAVY or node.op_type.endswith("Normalization")
+    weights = right is not None and right.is_initializer() and right.const_value.size > SMALL
+    return bool(weights or node.op_type in HEAVY or node.op_type.endswith("Normalization"))

@@ -87,7 +87,8 @@ class PlanBuilder:
         self.network: Any = self.builder.create_network(flag)
         self.parser: Any = trt.OnnxParser(self.network, self.log)  # owns the weights the network points to
         if not self.parser.parse_from_file(str(graph.path)):
-            reasons = [self.parser.get_error(i).desc() for i in range(self.parser.num_errors)]
+            errors = [self.parser.get_error(i) for i in range(self.parser.num_errors)]
+            reasons = [f"{e.node_operator()} ({e.node_name()}): {e.desc()}" for e in errors]
             raise ToolError(f"{job.component}: TensorRT cannot parse the graph: {one_line(reasons or self.log.errors)}")
         self.decomposable = allow_decomposition(trt, self.network)
         self.network_facts = network_facts(self.network)

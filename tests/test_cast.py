@@ -30,7 +30,7 @@ def model(nodes, inputs, outputs, constants, opset=23):
 
 def run(graph, feeds, tmp_path):
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.onnx"
-    ir.save(graph, path)
+    ir.save(graph, path, external_data=f"{path.stem}.data")
     onnx.checker.check_model(str(path), full_check=True)
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
 
@@ -154,7 +154,7 @@ def test_a_weight_too_large_for_the_narrow_type_is_refused_when_it_is_written(tm
     graph = model(nodes, [("x", F32, ["n", 128])], [("y", F32, ["n", 64])], {"w": weight})
     cast_graph(graph, "float16", [])
     with pytest.raises(Unsupported, match=r"w\.float16 holds 100000, more than float16's 65504"):
-        ir.save(graph, tmp_path / "m.onnx")
+        ir.save(graph, tmp_path / "m.onnx", external_data="m.data")
 
 
 def test_weights_stored_as_in_the_checkpoint_are_used_as_they_are(tmp_path):
