@@ -235,7 +235,7 @@ class _Caster:
                     )
                 self.report.clamped.add(name)
                 array = np.where(large, np.sign(array) * np.float32(self.largest), array)
-        return np.ascontiguousarray(array.astype(dtype.numpy()))
+        return np.asarray(array.astype(dtype.numpy(), order="C"))  # ascontiguousarray would make a scalar [1]
 
     def _output(self, value: ir.Value) -> ir.Value:
         """The graph output `value` as float32 under its old name."""

@@ -6,7 +6,8 @@ For a quantized artifact the weights are ``decode(codes)``, read back from the a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +47,8 @@ class TorchEngine:
         checkpoint = find_checkpoint(artifact.manifest.provenance, options.checkpoint)
         exporter, _ = family_of(checkpoint)
         component = next(c for c in exporter.components(checkpoint) if c.name == name)
-        module = component.wrap(component.reference(checkpoint.folder / component.source))
+        with no_progress_bar():
+            module = component.wrap(component.reference(checkpoint.folder / component.source))
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for parameter, value in decoded_weights(artifact, name):
@@ -76,6 +78,20 @@ class TorchEngine:
     def close(self) -> None:
         """Drop the module."""
         del self.module
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing its own bar over ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def torch_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from intaglio.exporters.cast import cast_graph
 from intaglio.exporters.parity import random_feeds, relative_error
 from intaglio.profiles.errors import Unsupported, UsageError
+from intaglio.runtimes.engine_onnxruntime import SESSION_CONFIG
 
 F32, F16, I64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 NEAR = 1e-2  # relative L2 of float16 to float32; measured 4e-4 to 2e-3
@@ -32,7 +33,14 @@ def run(graph, feeds, tmp_path):
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.onnx"
     ir.save(graph, path, external_data=f"{path.stem}.data")
     onnx.checker.check_model(str(path), full_check=True)
-    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
+    return session(path).run(None, feeds)
+
+
+def session(path):
+    options = ort.SessionOptions()
+    for key, value in SESSION_CONFIG.items():  # else int8 linears quantize activations, and that is what one measures
+        options.add_session_config_entry(key, value)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def block(weight=None):
@@ -211,7 +219,7 @@ def test_every_component_of_a_real_graph_is_near_float32(component, tiny_artifac
     contract = tiny_artifact_int8.manifest.contract[component]
     feeds = random_feeds(record.inputs, {"batch": 2, "height": 64, "width": 72, "tokens": 16})
     path = tiny_artifact_int8.component(component) / "model.onnx"
-    wanted = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
+    wanted = session(path).run(None, feeds)
     graph = ir.load(path)
     report = cast_graph(graph, contract["dtype"], contract["float32_ops"])
     assert report.dtype == "float16" and sum(report.narrow.values()) > 3 * sum(report.float32.values())

@@ -131,7 +131,7 @@ def test_no_package_is_the_pip_line(tmp_path, monkeypatch):
 def test_no_driver_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt_api, "DRIVER", "libno_such_driver.so.1")
     monkeypatch.setattr(engine_tensorrt, "installed_apis", lambda: ("tensorrt-rtx",))
-    with pytest.raises(Unsupported, match="no NVIDIA GPU here: the driver's libno_such_driver.so.1 is not found"):
+    with pytest.raises(Unsupported, match=r"no NVIDIA GPU here: the driver's libno_such_driver.so.1 is not found"):
         load_engine("tensorrt", artifact(tmp_path), "unet")
     assert tensorrt_api.present_gpu() is None
 
@@ -164,7 +164,7 @@ def test_the_driver_tells_the_compute_capability(monkeypatch):
     with pytest.raises(Unsupported, match="no GPU cuda:2; allowed: cuda:0 to cuda:1"):
         tensorrt_api.capability_of_gpu(2)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    with pytest.raises(Unsupported, match="no NVIDIA GPU here: .* returns 100 and counts 0"):
+    with pytest.raises(Unsupported, match=r"no NVIDIA GPU here: .* returns 100 and counts 0"):
         tensorrt_api.capability_of_gpu(0)
 
 

@@ -131,6 +131,19 @@ def test_attention_and_w8a8_build_for_two_gpus_and_attention_may_be_split(tmp_pa
 
 
 @needs_rtx
+def test_one_profile_for_all_keeps_a_single_copy_of_the_weights(tmp_path):
+    folder = tmp_path / "unet"
+    port = [TensorSpec(name=n, dtype="float32", shape=("batch", 1024)) for n in "xy"]
+    weight = RNG.standard_normal((1024, 1024)).astype(np.float32) / 32
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Tanh", ["h"], ["y"])]
+    write(folder, nodes, {"w": weight}, port[:1], port[1:])
+    lowered = LOWERING.lower(job(folder, port[:1], port[1:], sm="sm89", profiles="range"))
+    (record,) = lowered.engines.values()
+    assert record["profiles"] == [{"batch": [1, 2, 4]}]
+    assert record["bytes"] <= weight.size * 2 + MB
+
+
+@needs_rtx
 def test_float32_is_built_only_when_asked_for_and_from_the_graph_itself(tmp_path):
     folder = attention(tmp_path / "unet")
     work = job(folder, ATTENTION_IN, ATTENTION_OUT, sm="sm89", dtype="float32")
@@ -213,6 +226,7 @@ def test_profiles_are_batch_one_batch_two_and_the_whole_range():
     assert profiles(INPUTS, four) == [{"batch": (4, 4, 8)}]
     unbatched = (TensorSpec(name="ids", dtype="float32", shape=("height", 3)),)
     assert profiles(unbatched, SHAPES) == [{"height": (64, 512, 1024)}]
+    assert profiles(ATTENTION_IN, SHAPES, ()) == [whole]
 
 
 @pytest.mark.parametrize(
@@ -233,13 +247,15 @@ def test_wrong_compute_capabilities_are_refused_with_what_is_allowed(value, word
 
 @needs_rtx
 def test_options_are_checked_before_anything_is_built():
-    assert LOWERING.options == ("sm", "dtype")
+    assert LOWERING.options == ("sm", "dtype", "profiles")
     LOWERING.check({})
     LOWERING.check({"sm": "sm86, SM121", "dtype": "bfloat16"})
     assert wanted_sms({}) == DEFAULT_SMS == ("sm89", "sm120")
     assert wanted_sms({"sm": "sm86, SM121"}) == ("sm86", "sm121")
     with pytest.raises(UsageError, match=r"unknown tensorrt.dtype 'fp16'; allowed: bfloat16, float16, float32"):
         LOWERING.check({"dtype": "fp16"})
+    with pytest.raises(UsageError, match=r"unknown tensorrt.profiles 'batch'; allowed: batches, range"):
+        LOWERING.check({"profiles": "batch"})
     assert all(hasattr(rtx.ComputeCapability, sm.upper()) for sm in RTX_SMS)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
+import threading
 from typing import NoReturn
 
 from intaglio import __version__
@@ -16,7 +18,7 @@ VERBS = {
     "build": ("intaglio.exporters.cli:BUILD", "turn a checkpoint into an artifact"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
-    "inspect": ("intaglio.exporters.cli:INSPECT", "show what an artifact is, and how each backend executes it"),
+    "inspect": ("intaglio.exporters.cli:INSPECT", "show what an artifact is: components, formats, sizes, ranges, engines"),
     "verify": ("intaglio.profiles.cli:VERIFY", "check every file of an artifact against its digests"),
     "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
     "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
@@ -63,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     path, text = VERBS[name]
+    # A terminated build cleans up like an interrupted one.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         verb = resolve(path)
         parser = Parser(prog=f"intaglio {name}", description=text, allow_abbrev=False)
