@@ -5,8 +5,8 @@ For a quantized artifact the weights are ``decode(codes)``, read back from the a
 
 from __future__ import annotations
 
-import re
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 

@@ -106,6 +106,16 @@ def cli_build(tiny_checkpoint, tiny_artifact, tmp_path_factory):
     return CommandResult(folder, result.returncode, result.stdout, result.stderr)
 
 
+@pytest.fixture(scope="session")
+def tiny_artifact_tensorrt(tiny_checkpoint, tmp_path_factory):
+    """The same with plans for the GPU in this machine; only asked for where there is one."""
+    from intaglio.exporters.build import build
+    from intaglio.runtimes.tensorrt_api import present_gpu
+
+    options = {"tensorrt.sm": present_gpu() or "", "tensorrt.dtype": "float32"}
+    return build(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "trt", targets=("tensorrt",), options=options)
+
+
 def built(checkpoint, folder, quant):
     import intaglio.exporters.build as module
 

@@ -1,10 +1,11 @@
-"""The embedded checkpoint: small, complete, licensed, reproducible from its script, and it draws what a prompt names."""
+"""The embedded checkpoint: small, complete, licensed, reproducible, and it draws what a prompt names."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+
 from intaglio.bench.retrieval import LANGUAGES, ranks, share_within
 from intaglio.exporters.checkpoint import embedded_folder
 from intaglio.exporters.emoji_data import NPM_PACKAGES, read_training_set
@@ -95,6 +96,7 @@ def test_captions_cover_both_languages_and_the_empty_prompt():
 
 def test_the_training_script_resumes_from_its_last_state(tmp_path):
     import torch
+
     from intaglio.exporters.emoji_train import Trainer
 
     def trainer():

@@ -20,13 +20,19 @@ def backend(request):
 
 
 @pytest.fixture
+def artifact(request, backend):
+    """What the backend runs: TensorRT needs plans for the GPU that is there."""
+    return request.getfixturevalue("tiny_artifact_tensorrt" if backend == "tensorrt" else "tiny_artifact")
+
+
+@pytest.fixture
 def feeds(tiny_artifact):
     return random_feeds(tiny_artifact.manifest.components["unet"].inputs, SIZES)
 
 
-def test_outputs_have_the_names_dtypes_and_shapes_of_the_record(backend, tiny_artifact):
-    for name, record in tiny_artifact.manifest.components.items():
-        engine = load_engine(backend, tiny_artifact, name)
+def test_outputs_have_the_names_dtypes_and_shapes_of_the_record(backend, artifact):
+    for name, record in artifact.manifest.components.items():
+        engine = load_engine(backend, artifact, name)
         outputs = engine.run(random_feeds(record.inputs, SIZES))
         assert list(outputs) == [s.name for s in record.outputs]
         for spec in record.outputs:
@@ -36,8 +42,8 @@ def test_outputs_have_the_names_dtypes_and_shapes_of_the_record(backend, tiny_ar
         engine.close()
 
 
-def test_a_second_run_does_not_change_the_first_result(backend, tiny_artifact, feeds):
-    engine = load_engine(backend, tiny_artifact, "unet")
+def test_a_second_run_does_not_change_the_first_result(backend, artifact, feeds):
+    engine = load_engine(backend, artifact, "unet")
     first = engine.run(feeds)["out_sample"]
     kept = first.copy()
     engine.run({**feeds, "sample": feeds["sample"] * 2})
@@ -45,17 +51,17 @@ def test_a_second_run_does_not_change_the_first_result(backend, tiny_artifact, f
     np.testing.assert_array_equal(engine.run(feeds)["out_sample"], kept)
 
 
-def test_feeds_are_left_alone_and_may_be_views(backend, tiny_artifact, feeds):
+def test_feeds_are_left_alone_and_may_be_views(backend, artifact, feeds):
     wide = np.repeat(feeds["sample"], 2, axis=3)
     before = wide.copy()
-    engine = load_engine(backend, tiny_artifact, "unet")
+    engine = load_engine(backend, artifact, "unet")
     view = engine.run({**feeds, "sample": wide[..., ::2]})["out_sample"]
     np.testing.assert_array_equal(wide, before)
     np.testing.assert_array_equal(view, engine.run(feeds)["out_sample"])
 
 
-def test_wrong_feeds_are_refused(backend, tiny_artifact, feeds):
-    engine = load_engine(backend, tiny_artifact, "unet")
+def test_wrong_feeds_are_refused(backend, artifact, feeds):
+    engine = load_engine(backend, artifact, "unet")
     with pytest.raises(UsageError, match="needed"):
         engine.run({"sample": feeds["sample"]})
     with pytest.raises(UsageError, match="needed"):
@@ -64,19 +70,19 @@ def test_wrong_feeds_are_refused(backend, tiny_artifact, feeds):
         engine.run({**feeds, "sample": feeds["sample"][:, :3]})
 
 
-def test_memory_is_a_number_or_none(backend, tiny_artifact):
-    engine = load_engine(backend, tiny_artifact, "vae_decoder")
+def test_memory_is_a_number_or_none(backend, artifact):
+    engine = load_engine(backend, artifact, "vae_decoder")
     assert all(value is None or value >= 0 for value in engine.memory().values())
 
 
-def test_unknown_settings_devices_and_components_are_refused(backend, tiny_artifact):
+def test_unknown_settings_devices_and_components_are_refused(backend, artifact):
     with pytest.raises(UsageError, match="surprise"):
-        load_engine(backend, tiny_artifact, "unet", EngineOptions(settings={"surprise": "1"}))
+        load_engine(backend, artifact, "unet", EngineOptions(settings={"surprise": "1"}))
     with pytest.raises(ArtifactError, match="no component 'transformer'"):
-        load_engine(backend, tiny_artifact, "transformer")
+        load_engine(backend, artifact, "transformer")
     if backend != "null":
         with pytest.raises((ToolError, RuntimeError)):
-            load_engine(backend, tiny_artifact, "unet", EngineOptions(device="tpu:9"))
+            load_engine(backend, artifact, "unet", EngineOptions(device="tpu:9"))
 
 
 @pytest.mark.parametrize("name", COMPUTING)

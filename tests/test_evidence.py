@@ -6,6 +6,7 @@ import json
 import warnings
 
 import pytest
+
 from intaglio.bench import evidence
 
 

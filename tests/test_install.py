@@ -123,7 +123,11 @@ def test_generation_runs_where_there_is_neither_torch_nor_diffusers(wheel, built
     assert not imported & set(HEAVY)
     assert Image.open(tmp_path / "x.png").size == (128, 128)
     refused = subprocess.run(
-        [str(python), "-m", "intaglio", "build", "emoji", "-o", "y"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [str(python), "-m", "intaglio", "build", "emoji", "-o", "y"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert refused.returncode == 2
     assert "pip install 'intaglio[export]'" in refused.stderr

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+
 from intaglio.bench.evidence_pictures import GUIDANCE, SEED, STEPS, reference_image, reference_pipeline
 from intaglio.profiles.errors import NumericsError, UsageError
 from intaglio.runtimes.fidelity import psnr, relative_l2
@@ -56,7 +57,9 @@ def test_pictures_match_diffusers(pipelines, backend, prompt, size, scheduler):
     assert psnr(np.asarray(result.images[0]), wanted(scheduler, prompt, size)) >= SAME_PICTURE
 
 
-@pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"negative_prompt": "yellow"}, {"num_inference_steps": 1}])
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 1.0}, {"negative_prompt": "yellow"}, {"num_inference_steps": 1}]
+)
 def test_guidance_off_negative_prompts_and_one_step_match_diffusers(pipelines, options):
     expected = reference_image(reference(), "ddim", "red heart", (128, 128), **options)
     ours = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **options}
@@ -147,8 +150,9 @@ def test_nan_and_black_images_are_errors_that_name_the_component(tiny_artifact, 
 
 
 def test_tokens_equal_transformers(tiny_artifact, tiny_checkpoint):
-    from intaglio.runtimes.text import ClipTokenizer
     from transformers import CLIPTokenizer
+
+    from intaglio.runtimes.text import ClipTokenizer
 
     ours = ClipTokenizer(tiny_artifact.folder / "tokenizer")
     theirs = CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer")

@@ -69,6 +69,8 @@ def test_links_point_at_files_that_exist():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs/architecture.md", "docs/support.md"])
+@pytest.mark.parametrize(
+    "name", ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs/architecture.md", "docs/support.md"]
+)
 def test_the_documents_are_there(name):
     assert len((ROOT / name).read_text(encoding="utf-8")) > 500

@@ -18,7 +18,10 @@ VERBS = {
     "build": ("intaglio.exporters.cli:BUILD", "turn a checkpoint into an artifact"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
-    "inspect": ("intaglio.exporters.cli:INSPECT", "show what an artifact is: components, formats, sizes, ranges, engines"),
+    "inspect": (
+        "intaglio.exporters.cli:INSPECT",
+        "show what an artifact is: components, formats, sizes, ranges, engines",
+    ),
     "verify": ("intaglio.profiles.cli:VERIFY", "check every file of an artifact against its digests"),
     "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
     "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
