@@ -142,7 +142,7 @@ def build(
     """
     plan = make_plan(checkpoint, targets=targets, quant=quant, options=options)
     target = Path(output)
-    with writing(target, force=force) as folder, Stages(len(plan.components) * (len(plan.targets) + 2) + 2) as stages:
+    with writing(target, force=force) as folder, Stages(len(plan.components) * (len(plan.targets) + 2) + 1) as stages:
         with stages.stage("hash checkpoint"):
             sources = source_digests(plan.checkpoint)
         plan.exporter.copy_files(plan.checkpoint, folder)
@@ -153,8 +153,6 @@ def build(
         manifest = draft_manifest(plan, records, engines, sources)
         remember(plan.checkpoint, digest_of(sources))
         parity = check_all(plan, Artifact(folder=folder, manifest=manifest), stages)
-        with stages.stage("hash artifact"):
-            pass
         sealed = seal(folder, manifest, build_log(stages, parity, plan))
     return Artifact(folder=target, manifest=sealed)
 

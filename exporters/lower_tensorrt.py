@@ -99,7 +99,9 @@ class PlanBuilder:
         self.decomposable = allow_decomposition(trt, self.network)
         self.network_facts = network_facts(self.network)
         compare(job.component, self.network_facts, job.inputs, job.outputs, graph.quantizers)
-        self.profiles = profiles(job.inputs, job.shapes, PROFILES[job.options.get("profiles", "batches")])
+        self.profiles = profiles(
+            job.inputs, job.shapes, PROFILES[job.options.get("profiles", job.contract.tensorrt_profiles)]
+        )
 
     def write(self, path: Path, sm: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Build for `sm` and write the plan; returns the engine's record and the build's facts.

@@ -18,12 +18,14 @@ class Contract:
     """Numerics of one component: default compute dtype where fp16 exists, what stays fp32, what stays unquantized.
 
     `float32_ops` are ONNX operator types, `keep` glob patterns of parameter names; `source` says why.
+    `tensorrt_profiles`: ``batches`` adds profiles fixed at one and two images to the whole range, ``range`` is that alone.
     """
 
     dtype: str = "float32"
     float32_ops: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     tolerance: float = 1e-4
+    tensorrt_profiles: str = "batches"
     source: str = ""
 
 

@@ -51,13 +51,13 @@ class Support:
 
 SUPPORT: dict[tuple[str, str, str], Support] = {
     ("int8", "MatMul", "onnxruntime"): Support(
-        how="stored-only", faster=False, reason="the CPU provider dequantizes the weight on every call"
+        how="native", faster=False, reason="fused to MatMulNBits, weights stay packed; float32 arithmetic"
     ),
     ("int8", "Conv", "onnxruntime"): Support(
         how="stored-only", faster=False, reason="the CPU provider dequantizes the weight on every call"
     ),
     ("int8", "MatMul", "openvino"): Support(
-        how="native", faster=True, reason="weights stay i8 in memory; faster where memory bandwidth decides"
+        how="native", faster=True, reason="FullyConnected with i8 weights; faster where memory bandwidth decides"
     ),
     ("int8", "Conv", "openvino"): Support(
         how="stored-only", faster=False, reason="weight-only convolutions are dequantized"

@@ -273,3 +273,31 @@ def test_the_gpu_in_the_machine_is_built_for_by_tensorrt_itself(monkeypatch):
     monkeypatch.setattr(lower_tensorrt, "present_gpu", lambda: "sm90")
     assert lower_tensorrt.api_for("sm90") == "tensorrt" and lower_tensorrt.api_for("sm89") == "tensorrt-rtx"
     assert wanted_sms({"sm": "sm90,sm89"}) == ("sm90", "sm89")
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_encoder", "vae_decoder"])
+def test_every_component_of_a_real_checkpoint_builds(component, tiny_artifact_int8, tmp_path):
+    import shutil
+
+    from intaglio.exporters.lowering import Job
+    from intaglio.profiles.family import load_family
+
+    manifest = tiny_artifact_int8.manifest
+    record, folder = manifest.components[component], tmp_path / component
+    shutil.copytree(tiny_artifact_int8.component(component), folder)
+    job = Job(
+        folder=folder,
+        component=component,
+        inputs=record.inputs,
+        outputs=record.outputs,
+        shapes=manifest.shapes,
+        contract=load_family(manifest.family).contract[component],
+        format=record.format,
+        packed_bytes=(folder / "model.onnx.data").stat().st_size,
+        options={"sm": "sm89"},
+    )
+    lowered = LOWERING.lower(job)
+    (name,) = lowered.engines
+    assert (folder / name).stat().st_size == lowered.engines[name]["bytes"] > 0
+    assert lowered.engines[name]["sm"] == "sm89"
+    assert lowered.facts["layers"]

@@ -125,3 +125,35 @@ def test_unsupported_pairs_are_refused_and_slow_ones_are_named(monkeypatch):
     monkeypatch.delitem(SUPPORT, ("int8", "Conv", "tensorrt"))
     with pytest.raises(Unsupported, match="tensorrt does not carry int8 in Conv"):
         check_recipe({"unet": "int8"}, ("tensorrt",))
+
+
+def int8_weights(artifact, component, dimensions):
+    return sum(codes.ndim == dimensions for _, _, codes, _, _ in quantized_weights(artifact, component))
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet"])
+def test_onnxruntime_keeps_linear_weights_packed(tiny_artifact_int8, component, tmp_path):
+    import onnx
+    import onnxruntime
+    from intaglio.runtimes.engine_onnxruntime import SESSION_CONFIG
+
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    settings.log_severity_level = 3
+    for key, value in SESSION_CONFIG.items():
+        settings.add_session_config_entry(key, value)
+    path = tiny_artifact_int8.component(component) / GRAPH
+    onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    packed = sum(n.op_type == "MatMulNBits" for n in nodes)
+    assert packed == int8_weights(tiny_artifact_int8, component, 2) > 0
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet"])
+def test_openvino_executes_linear_layers_on_int8_weights(tiny_artifact_int8, component):
+    from intaglio.runtimes.engine import load_engine
+
+    runtime = load_engine("openvino", tiny_artifact_int8, component).compiled.get_runtime_model()
+    layers = [op for op in runtime.get_ops() if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"]
+    packed = sum("i8" in {i.get_element_type().get_type_name() for i in op.inputs()} for op in layers)
+    assert packed >= int8_weights(tiny_artifact_int8, component, 2) > 0
