@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/intaglio demo -o demo --force
+	$(BIN)/intaglio demo -o demo
 
 test: install
 	$(BIN)/python -m pytest

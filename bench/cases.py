@@ -16,7 +16,8 @@ BACKENDS = {
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
 }  # backend -> module, tried by default
-FLOATS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+BACKEND_FILES = {"onnxruntime": "model.onnx", "openvino": "openvino_model."}  # how the names of its files start
 LOADER = "intaglio.runtimes.pipeline:load"
 
 
@@ -79,21 +80,28 @@ def names_of(artifacts: Sequence[Artifact]) -> list[str]:
     return [f"{n}-{i + 1}" if counts[n] > 1 else n for i, n in enumerate(names)]
 
 
-def precision_of(artifact: Artifact) -> str:
-    """``int8``, ``fp32`` or a mixture such as ``fp32+int8``: the recipe's formats, "none" named by its stored dtype."""
+def precision_of(artifact: Artifact, backend: str = "") -> str:
+    """``int8``, ``fp32`` or a mixture such as ``fp32+int8``: the recipe's formats.
+
+    Unquantized components are named by what they are computed in: the contract's dtype on TensorRT, float32 elsewhere.
+    """
     found = set()
     for name, format_name in artifact.manifest.recipe.items():
-        found.add(format_name if format_name != "none" else stored_dtype(artifact, name))
+        computed = (
+            artifact.manifest.contract.get(name, {}).get("dtype", "float32") if backend == "tensorrt" else "float32"
+        )
+        found.add(format_name if format_name != "none" else FLOATS[computed])
     return "+".join(sorted(found)) or "unknown"
 
 
-def stored_dtype(artifact: Artifact, component: str) -> str:
-    """The dtype most of a component's bytes are stored in: fp32, fp16, bf16, or "none" where nothing is stored."""
-    record = artifact.manifest.components.get(component)
-    sizes: Counter[str] = Counter()
-    for tensor in record.tensors.values() if record else ():
-        sizes[tensor.dtype.lower()] += tensor.nbytes
-    return FLOATS.get(sizes.most_common(1)[0][0], sizes.most_common(1)[0][0]) if sizes else "none"
+def backend_bytes(artifact: Artifact, backend: str) -> int:
+    """Bytes of the graphs and weights that a backend reads: its share of an artifact that serves several.
+
+    The torch backend reads the checkpoint; what it would read of the artifact is the shared graph with the codes.
+    """
+    wanted = BACKEND_FILES.get(backend, BACKEND_FILES["onnxruntime"])
+    files = (n for n in artifact.manifest.files if n.rpartition("/")[2].startswith(wanted))
+    return sum(artifact.manifest.files[n].size for n in files)
 
 
 def unquantized(artifact: Artifact) -> bool:

@@ -96,7 +96,7 @@ def notes(report: Report) -> list[str]:
         "seconds divided by the case's seconds in the same round, so that a slow minute hits both; above 1 is faster. "
         "It is the figure to quote, with its range: seconds depend on what else the machine was doing.",
         "Load includes importing the backend, not hashing the artifact. First is the first image after loading. "
-        "Size counts the whole artifact with every target it holds, for TensorRT rows the plans alone.",
+        "Size counts the files of the artifact that the backend reads; the torch rows show the shared graph's.",
     ]
     if average["start"] is not None:
         result.append(f"Load average {average['start']} before and {average['end']} after, on {cores} cores.")

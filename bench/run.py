@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intaglio.bench.cases import Case, precision_of, unquantized
+from intaglio.bench.cases import Case, backend_bytes, precision_of, unquantized
 from intaglio.bench.machine import fingerprint, load_average
 from intaglio.bench.memory import available_bytes, gpus
 from intaglio.bench.metrics import judge, need_metrics
@@ -89,16 +89,16 @@ def reference_of(cases: Sequence[Case], artifacts: Mapping[str, Artifact]) -> tu
 
 
 def new_row(case: Case, artifact: Artifact) -> dict[str, Any]:
-    """A row of the report before anything was measured. `artifact_bytes` are all files, every target's."""
+    """A row of the report before anything was measured. `artifact_bytes` are the files it reads."""
     return {
         "label": case.label,
         "artifact": case.label.rpartition("/")[0],
         "manifest_digest": artifact.manifest.digest,
         "backend": case.backend,
-        "precision": precision_of(artifact),
+        "precision": precision_of(artifact, case.backend),
         "device": case.device,
         "threads": case.threads,
-        "artifact_bytes": artifact.size_bytes(),
+        "artifact_bytes": backend_bytes(artifact, case.backend),
         "status": "ok",
         "error": "",
     }
@@ -122,7 +122,7 @@ def engine_rows(
                 "artifact": names[key],
                 "manifest_digest": artifact.manifest.digest,
                 "backend": f"tensorrt sm{sm}",
-                "precision": precision_of(artifact),
+                "precision": precision_of(artifact, "tensorrt"),
                 "artifact_bytes": size,
                 "status": "not run",
                 "error": f"built, not run: {reason}",

@@ -18,7 +18,7 @@ class Contract:
     """Numerics of one component: default compute dtype where fp16 exists, what stays fp32, what stays unquantized.
 
     `float32_ops` are ONNX operator types, `keep` glob patterns of parameter names; `source` says why.
-    `tensorrt_profiles`: ``batches`` adds profiles fixed at one and two images to the whole range, ``range`` is that alone.
+    `tensorrt_profiles`: ``range`` is one profile over all shapes, ``batches`` adds two fixed at one and two images.
     """
 
     dtype: str = "float32"

@@ -357,6 +357,7 @@ def test_names_and_precision(tmp_path):
     assert names_of([one, two, three]) == ["x-model", "y-model", "z"]
     assert names_of([one, one]) == ["x-model-1", "x-model-2"]
     assert precision_of(one) == "fp32"
+    assert precision_of(one, "tensorrt") in ("fp32", "fp16")
     assert precision_of(artifact_at(tmp_path / "q", format_="int8")) == "int8"
 
 

@@ -135,6 +135,7 @@ def int8_weights(artifact, component, dimensions):
 def test_onnxruntime_keeps_linear_weights_packed(tiny_artifact_int8, component, tmp_path):
     import onnx
     import onnxruntime
+
     from intaglio.runtimes.engine_onnxruntime import SESSION_CONFIG
 
     settings = onnxruntime.SessionOptions()
