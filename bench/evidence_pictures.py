@@ -16,7 +16,7 @@ from intaglio.runtimes.schedulers import SCHEDULERS
 
 PROMPTS = ("red heart", "红心", "pizza")
 SIZES = ((128, 128), (160, 96))
-STEPS, GUIDANCE, SEED = 12, 4.0, 5
+STEPS, GUIDANCE, SEED = 12, 2.5, 5
 BACKENDS = ("onnxruntime", "openvino")
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),

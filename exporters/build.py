@@ -10,7 +10,7 @@ from typing import Any
 
 from intaglio import __version__
 from intaglio.exporters.capture import capture
-from intaglio.exporters.checkpoint import Checkpoint, Weights, open_checkpoint, source_digests
+from intaglio.exporters.checkpoint import Checkpoint, Weights, open_checkpoint, source_digests, write_config
 from intaglio.exporters.checkpoint_index import digest_of, remember
 from intaglio.exporters.component import Component, FamilyExporter, family_of
 from intaglio.exporters.lowering import TARGETS, Job, Lowered, lowering
@@ -168,6 +168,7 @@ def build_component(plan: Plan, component: Component, folder: Path, stages: Stag
         coverage = quantize_graph(model, format_, contract.keep) if format_ != "none" else None
         keep_stored_dtype(model)
         save_component(model, place, stages.note)
+        write_config(plan.checkpoint.config(component.source), place / "config.json")
         facts["data_bytes"] = (place / DATA).stat().st_size
     record = ComponentRecord(
         source=component.source,

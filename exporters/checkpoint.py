@@ -95,6 +95,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return _Config(data, path)
 
 
+def write_config(config: Mapping[str, Any], path: Path) -> None:
+    """Write a diffusers configuration without what libraries note about where it was loaded from."""
+    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 class _Config(dict[str, Any]):
     """A JSON object that knows its file, so that a key it lacks is the checkpoint's error and not ours."""
 

@@ -35,7 +35,7 @@ UNET_CHANNELS = (128, 192, 160)
 TEXT_WIDTH = 160
 SAVE_SECONDS = 240.0
 EMA_DECAY = 0.999
-SAMPLING_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0}
+SAMPLING_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 2.5}
 
 
 class Trainer:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intaglio.exporters.checkpoint import WEIGHT_FILES
+from intaglio.exporters.checkpoint import WEIGHT_FILES, write_config
 from intaglio.exporters.component import Component
 from intaglio.profiles.errors import CheckpointError, Unsupported
 from intaglio.profiles.spec import Range, TensorSpec
@@ -237,9 +237,10 @@ class StableDiffusion:
         }
 
     def copy_files(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Tokenizer (with a ``tokenizer.json`` made where there is none) and scheduler configuration."""
+        """Pipeline index, scheduler, and tokenizer (with a ``tokenizer.json`` made where there is none)."""
         from transformers import CLIPTokenizer
 
+        write_config(checkpoint.index, folder / "model_index.json")
         (folder / "scheduler").mkdir(parents=True)
         shutil.copyfile(
             checkpoint.folder / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json"

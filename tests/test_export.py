@@ -224,3 +224,14 @@ def test_a_checkpoint_with_an_unknown_parameter_is_refused(tiny_checkpoint, copy
     save_file({**load_file(file), "surprise.weight": np.zeros(3, np.float32)}, file)
     with pytest.raises(CheckpointError, match=r"surprise\.weight"):
         build(folder, folder.parent / "built")
+
+
+def test_the_artifact_has_the_layout_other_tools_read(tiny_artifact, tiny_checkpoint):
+    index = json.loads((tiny_artifact.folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert (tiny_artifact.folder / "scheduler/scheduler_config.json").exists()
+    for name, record in tiny_artifact.manifest.components.items():
+        ours = json.loads((tiny_artifact.folder / name / "config.json").read_text())
+        theirs = json.loads((tiny_checkpoint / record.source / "config.json").read_text())
+        assert ours == {k: v for k, v in theirs.items() if k != "_name_or_path"}
+        assert (tiny_artifact.folder / name / "openvino_model.xml").exists()
