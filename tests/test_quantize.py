@@ -122,7 +122,8 @@ def test_unsupported_pairs_are_refused_and_slow_ones_are_named(monkeypatch):
     assert any("onnxruntime: smaller, not faster" in r for r in remarks)
     with pytest.raises(UsageError, match="int9"):
         check_recipe({"unet": "int9"}, ("openvino",))
-    monkeypatch.delitem(SUPPORT, ("int8", "Conv", "tensorrt"))
+    without = {key: row for key, row in SUPPORT.items() if key != ("int8", "Conv", "tensorrt")}
+    monkeypatch.setattr("intaglio.quantize.formats.SUPPORT", without)
     with pytest.raises(Unsupported, match="tensorrt does not carry int8 in Conv"):
         check_recipe({"unet": "int8"}, ("tensorrt",))
 
