@@ -63,7 +63,7 @@ def reference_image(pipeline: Any, scheduler: str, prompt: str, size: tuple[int,
 def measure() -> dict[str, Any]:
     """Lowest PSNR in dB per format, backend and scheduler, over prompts and sizes; ``null`` where not comparable."""
     reference, wanted = reference_pipeline(), {}
-    # `emoji` has a DDIM configuration without skip_prk_steps: diffusers' PNDM takes Runge-Kutta steps then, ours refuses.
+    # `emoji` has a DDIM configuration without skip_prk_steps: diffusers' PNDM takes Runge-Kutta steps, ours refuses.
     usable = [s for s in SCHEDULERS if s in DIFFUSERS and s != "pndm"]
     for scheduler in usable:
         for prompt in PROMPTS:
