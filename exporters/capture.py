@@ -15,6 +15,7 @@ from intaglio.exporters.checkpoint import Parameter, Weights
 from intaglio.exporters.component import Component
 from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
+from intaglio.quantize.rewrite import PARAMETER
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 OPSET = 23
 TRACE_BATCH = 2
-PARAMETER = "intaglio.parameter"  # metadata of a graph value: the checkpoint parameter it came from
 TRANSFORM = "intaglio.transform"
 STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from intaglio.exporters.capture import PARAMETER, TRANSFORM
+from intaglio.exporters.capture import TRANSFORM
 from intaglio.exporters.passes import is_parameter
 from intaglio.profiles.spec import StoredTensor, WeightBinding
-from intaglio.quantize.rewrite import FORMAT, SCALE
+from intaglio.quantize.rewrite import FORMAT, PARAMETER, SCALE
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape arithmetic needs them

@@ -93,7 +93,7 @@ def codec(name: str) -> Codec:
     row = pick(FORMATS, name, "format")
     if row.codec is None:
         raise Unsupported(f"format {name!r} has no codes")
-    module: Codec = resolve(row.codec.replace(":", "") + ":CODEC")
+    module: Codec = resolve(row.codec + ":CODEC")
     return module
 
 

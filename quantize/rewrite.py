@@ -13,7 +13,7 @@ import onnx_ir as ir
 from intaglio.quantize.formats import codec
 
 FORMAT, SCALE, AXIS = "intaglio.format", "intaglio.scale", "intaglio.axis"
-PARAMETER = "intaglio.parameter"
+PARAMETER = "intaglio.parameter"  # metadata of a graph value: the checkpoint parameter it came from
 SMALLEST = 4096  # elements; below, scales and nodes cost more than the codes save
 CHANNEL_AXIS = {"MatMul": 1, "Conv": 0}  # output channels: MatMul weights are [K, N], Conv weights [M, C, kH, kW]
 

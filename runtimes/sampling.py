@@ -113,7 +113,7 @@ def check_finite(component: str, values: np.ndarray, *, step: int | None = None)
     bad = int(values.size - np.isfinite(values).sum())
     where = f" at step {step}" if step is not None else ""
     raise NumericsError(
-        f"{component} returned {bad} of {values.size} values as NaN or infinity{where}; try --dtype fp32"
+        f"{component} returned {bad} of {values.size} values as NaN or infinity{where}; compare with --backend torch"
     )
 
 

@@ -13,7 +13,7 @@ from intaglio.quantize.formats import FORMATS, SUPPORT, TARGETS, check_recipe, c
 from intaglio.quantize.int8 import broadcast
 
 CODED = [name for name, row in FORMATS.items() if row.codec]
-ROUNDING = 1e-6  # relative slack of the bound for float32 rounding; measured 1e-7
+ROUNDING = 1e-6  # relative slack of the bound for float32 rounding; measured none used: 0.4999 at most
 SHAPES = {"MatMul": ((48, 40), 1), "Conv": ((24, 8, 3, 3), 0)}
 
 
@@ -91,13 +91,13 @@ def test_the_torch_reference_computes_on_the_decoded_codes(tiny_artifact, tiny_a
         found = coded[f"model.{name}"].detach().numpy()
         np.testing.assert_array_equal(found, value.reshape(found.shape))
         difference = np.linalg.norm(found - plain[f"model.{name}"].detach().numpy()) / np.linalg.norm(found)
-        assert 1e-4 < difference < 2e-2  # int8 per channel; measured 4e-3
+        assert 1e-4 < difference < 2e-2  # int8 per channel; measured 3.7e-3 to 3.9e-3
 
 
 def test_weights_stay_packed_on_disk(tiny_artifact, tiny_artifact_int8):
     for target in ("unet/model.onnx.data", "unet/openvino_model.bin"):
         ratio = tiny_artifact_int8.size_bytes(target) / tiny_artifact.size_bytes(target)
-        assert ratio < 0.5, target  # measured 0.34 (tiny layers below the smallest size stay float32)
+        assert ratio < 0.5, target  # measured 0.29 and 0.30 (layers below the smallest size stay float32)
 
 
 def test_coverage_and_formats_are_in_the_manifest(tiny_artifact, tiny_artifact_int8):
