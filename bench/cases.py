@@ -17,6 +17,7 @@ BACKENDS = {
     "openvino": "openvino",
 }  # backend -> module, tried by default
 FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+TARGETS = {"openvino": "openvino", "tensorrt": "tensorrt"}  # ONNX Runtime computes in float32 on a CPU
 BACKEND_FILES = {"onnxruntime": "model.onnx", "openvino": "openvino_model."}  # how the names of its files start
 LOADER = "intaglio.runtimes.pipeline:load"
 
@@ -83,13 +84,11 @@ def names_of(artifacts: Sequence[Artifact]) -> list[str]:
 def precision_of(artifact: Artifact, backend: str = "") -> str:
     """``int8``, ``fp32`` or a mixture such as ``fp32+int8``: the recipe's formats.
 
-    Unquantized components are named by what they are computed in: the contract's dtype on TensorRT, float32 elsewhere.
+    Unquantized components are named by what they are computed in.
     """
     found = set()
     for name, format_name in artifact.manifest.recipe.items():
-        computed = (
-            artifact.manifest.contract.get(name, {}).get("dtype", "float32") if backend == "tensorrt" else "float32"
-        )
+        computed = artifact.manifest.dtypes.get(TARGETS.get(backend, ""), {}).get(name, "float32")
         found.add(format_name if format_name != "none" else FLOATS[computed])
     return "+".join(sorted(found)) or "unknown"
 

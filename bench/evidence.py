@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intaglio.exporters.component import FAMILIES
 from intaglio.profiles.errors import ToolError
 from intaglio.profiles.registry import pick, resolve
 
@@ -33,12 +34,22 @@ class Check:
     about: str
 
 
-LOOP = ("runtimes/sd.py", "runtimes/schedule*.py", "runtimes/noise.py", "runtimes/text.py")
+LOOP = ("runtimes/sd.py", "runtimes/loop.py", "runtimes/schedule*.py", "runtimes/noise.py", "runtimes/text.py")
+FAMILY_SOURCES = (
+    *(f"{room}/{name}*.py" for name in FAMILIES for room in ("exporters", "runtimes")),
+    *("exporters/parts.py", "exporters/passes.py", "runtimes/loop.py", "runtimes/scheduler_flow_match_euler.py"),
+    *("tests/tiny*.py", "tests/cases.py", "tests/families.py"),
+)
 CHECKS = {
     "emoji": Check(
         run="intaglio.bench.evidence_emoji:measure",
         sources=("profiles/emoji/**/*.safetensors", "profiles/emoji/names.json", "bench/retrieval.py"),
         about="retrieval of 200 names in English and in Chinese from the embedded checkpoint",
+    ),
+    "families": Check(
+        run="intaglio.bench.evidence_families:measure",
+        sources=FAMILY_SOURCES,
+        about="every case of every family against diffusers: components, latents, decode, picture; TensorRT plans",
     ),
     "pictures": Check(
         run="intaglio.bench.evidence_pictures:measure",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 from intaglio import __version__
 from intaglio.exporters.capture import capture
 from intaglio.exporters.checkpoint import Checkpoint, Weights, open_checkpoint, source_digests, write_config
-from intaglio.exporters.checkpoint_index import digest_of, remember
+from intaglio.exporters.checkpoint_index import digest_of, family_options, remember
 from intaglio.exporters.component import Component, FamilyExporter, family_of
+from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
 from intaglio.exporters.lowering import TARGETS, Job, Lowered, lowering
 from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
@@ -44,6 +46,7 @@ class Plan:
     targets: tuple[str, ...]
     recipe: Mapping[str, str]
     options: Mapping[str, str]
+    dtypes: Mapping[str, Mapping[str, str]]
     remarks: tuple[str, ...]
 
     def target_options(self, target: str) -> dict[str, str]:
@@ -60,6 +63,7 @@ def make_plan(
     *,
     targets: Sequence[str] = ("onnx",),
     quant: Mapping[str, str] | None = None,
+    dtype: Sequence[str] = (),
     options: Mapping[str, str] | None = None,
 ) -> Plan:
     """Check a build's inputs.
@@ -68,19 +72,23 @@ def make_plan(
         checkpoint: diffusers folder or the name of an embedded checkpoint.
         targets: of TARGETS; ``onnx`` is always among them, the others are lowered from it.
         quant: component (or ``*``) to format.
-        options: ``target.key`` to value.
+        dtype: ``fp16``, ``bf16`` or ``fp32`` to compute in, or ``target=fp16``; the contracts' islands are obeyed.
+        options: ``target.key`` or ``family.key`` to value.
 
     Raises:
         ToolError: the first thing that cannot work.
     """
     opened = open_checkpoint(checkpoint)
     exporter, profile = family_of(opened)
+    opened = dataclasses.replace(opened, options=family_options(options or {}, profile.name))
     components = exporter.components(opened)
     chosen = tuple(dict.fromkeys(("onnx", *targets)))
     for target in chosen:
         pick(TARGETS, target, "target")
     recipe = expand_recipe(quant or {}, tuple(c.name for c in components))
-    remarks = check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen))
+    contracts = {c.name: profile.contract.get(c.name, Contract()) for c in components}
+    dtypes, notes = compute_dtypes(contracts, chosen, parse_dtypes(dtype, chosen))
+    remarks = [*check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen)), *notes, *undone(opened)]
     plan = Plan(
         checkpoint=opened,
         exporter=exporter,
@@ -90,6 +98,7 @@ def make_plan(
         targets=chosen,
         recipe=recipe,
         options=dict(options or {}),
+        dtypes=dtypes,
         remarks=tuple(remarks),
     )
     check_options(plan)
@@ -114,11 +123,11 @@ def expand_recipe(quant: Mapping[str, str], components: tuple[str, ...]) -> dict
 
 
 def check_options(plan: Plan) -> None:
-    """Every ``--set`` key belongs to a target that is being built, and every target can be built here."""
+    """Every ``--set`` key belongs to the family or a target that is built, and every target can be built here."""
+    allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
+    allowed += [f"{plan.profile.name}.{o}" for o in plan.exporter.options]
     for key in plan.options:
-        target, _, name = key.partition(".")
-        if target not in plan.targets or name not in lowering(target).options:
-            allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
+        if key not in allowed:
             raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed) or 'none for these targets'}")
     for target in plan.targets:
         lowering(target).check(plan.target_options(target))
@@ -130,6 +139,7 @@ def build(
     *,
     targets: Sequence[str] = ("onnx",),
     quant: Mapping[str, str] | None = None,
+    dtype: Sequence[str] = (),
     options: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Artifact:
@@ -140,9 +150,9 @@ def build(
     Raises:
         ToolError: an input is wrong, a target refuses the graph, or the result differs from the reference.
     """
-    plan = make_plan(checkpoint, targets=targets, quant=quant, options=options)
-    target = Path(output)
-    with writing(target, force=force) as folder, Stages(len(plan.components) * (len(plan.targets) + 2) + 1) as stages:
+    plan = make_plan(checkpoint, targets=targets, quant=quant, dtype=dtype, options=options)
+    target, total = Path(output), len(plan.components) * (len(plan.targets) + 2) + 1 + bool(audited(plan))
+    with writing(target, force=force) as folder, Stages(total) as stages:
         with stages.stage("hash checkpoint"):
             sources = source_digests(plan.checkpoint)
         plan.exporter.copy_files(plan.checkpoint, folder)
@@ -152,8 +162,10 @@ def build(
             engines.update(lowered.engines)
         manifest = draft_manifest(plan, records, engines, sources)
         remember(plan.checkpoint, digest_of(sources))
-        parity = check_all(plan, Artifact(folder=folder, manifest=manifest), stages)
-        sealed = seal(folder, manifest, build_log(stages, parity, plan))
+        draft = Artifact(folder=folder, manifest=manifest)
+        parity = check_all(plan, draft, stages)
+        peaks = check_ranges(plan, draft, stages)
+        sealed = seal(folder, manifest, {**build_log(stages, parity, plan), "float16_peaks": peaks})
     return Artifact(folder=target, manifest=sealed)
 
 
@@ -199,6 +211,7 @@ def make_job(plan: Plan, component: Component, place: Path, target: str, stages:
         outputs=component.outputs,
         shapes=plan.shapes,
         contract=plan.contract(component.name),
+        dtype=plan.dtypes[target][component.name],
         format=plan.recipe[component.name],
         packed_bytes=(place / DATA).stat().st_size,
         options=plan.target_options(target),
@@ -225,6 +238,36 @@ def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[
     return parity
 
 
+def audited(plan: Plan) -> dict[str, Contract]:
+    """The components that some target computes in float16, with their contracts."""
+    names = {c for rows in plan.dtypes.values() for c, dtype in rows.items() if dtype == "float16"}
+    return {c.name: plan.contract(c.name) for c in plan.components if c.name in names}
+
+
+def check_ranges(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:
+    """Audit what is computed in float16 over all steps; returns the largest peaks.
+
+    Raises:
+        NumericsError: a tensor outside the contract's float32 islands leaves float16's range.
+    """
+    from intaglio.exporters.range_audit import audit_ranges
+
+    contracts = audited(plan)
+    if not contracts:
+        return {}
+    with stages.stage("audit float16 ranges"):
+        audit = audit_ranges(artifact, contracts)
+        audit.check()
+    return audit.to_json()
+
+
+def undone(checkpoint: Checkpoint) -> list[str]:
+    """Remarks on parts of the checkpoint that an artifact does not have."""
+    if checkpoint.component_class("safety_checker") is None:
+        return []
+    return ["the checkpoint's safety_checker is not exported: pictures are not filtered by it"]
+
+
 def draft_manifest(
     plan: Plan, records: dict[str, ComponentRecord], engines: dict[str, dict[str, Any]], sources: dict[str, str]
 ) -> Manifest:
@@ -237,9 +280,12 @@ def draft_manifest(
         shapes=dict(plan.shapes),
         settings={**plan.profile.defaults, **plan.exporter.settings(plan.checkpoint)},
         recipe=dict(plan.recipe),
+        dtypes={target: dict(rows) for target, rows in plan.dtypes.items()},
+        licence=plan.checkpoint.licence,
         contract={c.name: to_dict(plan.contract(c.name)) for c in plan.components},
         provenance={
             "checkpoint": plan.checkpoint.name,
+            "family": plan.profile.name,
             "pipeline": plan.checkpoint.pipeline_class,
             "digest": digest_of(sources),
             "sources": sources,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 OPSET = 23
 TRACE_BATCH = 2
 TRANSFORM = "intaglio.transform"
+# From a checkpoint's tensor to the part of it that a component's module has.
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    # A causal 3D convolution on one frame: of [M, C, T, kH, kW] only the last T meets it, the others meet zeros.
+    "last_frame": lambda kernel: kernel[:, :, -1] if kernel.ndim == 5 else kernel,
+}
 STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -82,8 +88,6 @@ def match_parameters(component: Component, module: torch.nn.Module, weights: Wei
     Raises:
         CheckpointError: with the first names that do not match.
     """
-    import re
-
     found = {n: p for n, p in weights.renamed(component.rename).items() if not re.search(component.ignore, n)}
     shapes = {n.removeprefix(component.prefix): tuple(p.shape) for n, p in module.named_parameters()}
     missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
@@ -94,7 +98,8 @@ def match_parameters(component: Component, module: torch.nn.Module, weights: Wei
             f"{len(extra)} unknown {extra[:2]}"
         )
     for name, shape in shapes.items():
-        if tuple(found[name].shape) != shape and int(np.prod(found[name].shape)) != int(np.prod(shape)):
+        stored = transform(component, name)(np.broadcast_to(np.float32(0), found[name].shape)).shape
+        if stored != shape and int(np.prod(stored)) != int(np.prod(shape)):
             raise CheckpointError(f"{where}: {name} has shape {found[name].shape}, config.json implies {shape}")
         if found[name].dtype not in STORED_DTYPES:
             raise CheckpointError(f"{where}: {name} is {found[name].dtype}; allowed: {', '.join(STORED_DTYPES)}")
@@ -145,20 +150,34 @@ def bind(
 
     for name, value in model.graph.initializers.items():
         if name in parameters:
-            parameter = parameters[name]
-            value.const_value = lazy(parameter, tuple(int(d) for d in value.const_value.shape))
-            value.metadata_props[PARAMETER] = name.removeprefix(component.prefix)
+            parameter, bound = parameters[name], name.removeprefix(component.prefix)
+            shape = tuple(int(d) for d in value.const_value.shape)
+            value.const_value = lazy(parameter, shape, transform(component, bound))
+            value.metadata_props[PARAMETER] = bound
+            if (label := transform_name(component, bound)) is not None:
+                value.metadata_props[TRANSFORM] = label
             value.dtype = ir.DataType.FLOAT
         elif name in buffers:
             value.const_value = ir.tensor(buffers[name], name=name)
 
 
-def lazy(parameter: Parameter, shape: tuple[int, ...]) -> ir.LazyTensor:
-    """A float32 view of a checkpoint tensor that is read when it is needed and not kept."""
+def transform_name(component: Component, parameter: str) -> str | None:
+    """The transform of a parameter, where it has one."""
+    return next((name for pattern, name in component.transforms if re.search(pattern, parameter)), None)
+
+
+def transform(component: Component, parameter: str) -> Callable[[np.ndarray], np.ndarray]:
+    """From the checkpoint's tensor to the module's."""
+    name = transform_name(component, parameter)
+    return (lambda tensor: tensor) if name is None else TRANSFORMS[name]
+
+
+def lazy(parameter: Parameter, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray]) -> ir.LazyTensor:
+    """A float32 view of (a part of) a checkpoint tensor that is read when it is needed and not kept."""
     import onnx_ir as ir
 
     def read() -> ir.Tensor:
-        return ir.tensor(np.ascontiguousarray(parameter.read().astype(np.float32).reshape(shape)))
+        return ir.tensor(np.ascontiguousarray(part(parameter.read()).astype(np.float32).reshape(shape)))
 
     tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), cache=False)
     tensor.metadata_props["stored"] = STORED_DTYPES[parameter.dtype]

@@ -11,6 +11,7 @@ In float32 are computed, besides the operators a contract names:
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,8 +20,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from intaglio.exporters.passes import is_parameter
 from intaglio.profiles.errors import Unsupported
+from intaglio.profiles.family import Contract
 from intaglio.profiles.registry import pick
+from intaglio.quantize.rewrite import PARAMETER
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # dtypes a checkpoint's weights may be stored in, besides float32
@@ -29,6 +33,7 @@ SMALL = 4096  # elements; constants up to here are looked at, larger ones are we
 # largest value rather than kept: kept, the cast behind it would make it -inf, and a fully masked row NaN.
 STANDS_FOR_INFINITY = 1e9
 SCALE_ERROR = 2.0**-11  # float16's own rounding; a scale that loses more (subnormal, or bfloat16) stays float32
+SOURCES = ("Cast", "DequantizeLinear")  # what may stand between a parameter and the operator that reads it
 QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
 ANGLES = ("Sin", "Cos")
 # A walk up from an angle ends here: beyond are activations, not positions.
@@ -37,7 +42,7 @@ HEAVY = ("Conv", "ConvTranspose", "Gemm", "Attention", "DequantizeLinear", "Gath
 
 @dataclass(slots=True, kw_only=True)
 class CastReport:
-    """What a cast did; counts of nodes by operator, names of constants."""
+    """What a cast did; counts of nodes by operator, names of constants and of the values that became narrow."""
 
     dtype: str
     narrow: Counter[str] = field(default_factory=Counter)
@@ -45,6 +50,7 @@ class CastReport:
     casts: int = 0
     clamped: set[str] = field(default_factory=set)
     float32_scales: int = 0
+    narrow_values: set[str] = field(default_factory=set)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``build.json``."""
@@ -59,7 +65,12 @@ class CastReport:
 
 
 def cast_graph(
-    model: ir.Model, dtype: str, float32_ops: Iterable[str], *, softmax_attribute: bool = True
+    model: ir.Model,
+    dtype: str,
+    float32_ops: Iterable[str],
+    *,
+    float32_parameters: Iterable[str] = (),
+    softmax_attribute: bool = True,
 ) -> CastReport:
     """Cast a float32 graph in place; weights stay lazy and are converted when the graph is written.
 
@@ -67,6 +78,7 @@ def cast_graph(
         model: a graph without subgraphs, sorted topologically.
         dtype: ``float16`` or ``bfloat16``.
         float32_ops: operator types that keep computing in float32.
+        float32_parameters: glob patterns; operators that read such a parameter keep computing in float32.
         softmax_attribute: where ``Softmax`` is among them, ask the same of ``Attention`` by ``softmax_precision``.
             TensorRT refuses that attribute.
 
@@ -80,12 +92,23 @@ def cast_graph(
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     check_types(model)
     wanted, report = frozenset(float32_ops), CastReport(dtype=dtype)
-    _Caster(model, narrow, wanted, report).run()
+    _Caster(model, narrow, wanted, tuple(float32_parameters), report).run()
     for node in model.graph:
         if softmax_attribute and node.op_type == "Attention" and "Softmax" in wanted:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
     common.RemoveUnusedNodesPass()(model)
     return report
+
+
+def cast_to_contract(model: ir.Model, dtype: str, contract: Contract, *, softmax_attribute: bool = True) -> CastReport:
+    """`cast_graph` with the float32 islands of a contract."""
+    return cast_graph(
+        model,
+        dtype,
+        contract.float32_operators(dtype),
+        float32_parameters=contract.float32_parameters,
+        softmax_attribute=softmax_attribute,
+    )
 
 
 def check_types(model: ir.Model) -> None:
@@ -106,8 +129,15 @@ def check_types(model: ir.Model) -> None:
 class _Caster:
     """One pass over the nodes; remembers each value in both types."""
 
-    def __init__(self, model: ir.Model, narrow: ir.DataType, wanted: frozenset[str], report: CastReport) -> None:
-        self.model, self.narrow, self.wanted, self.report = model, narrow, wanted, report
+    def __init__(
+        self,
+        model: ir.Model,
+        narrow: ir.DataType,
+        wanted: frozenset[str],
+        patterns: tuple[str, ...],
+        report: CastReport,
+    ) -> None:
+        self.model, self.narrow, self.wanted, self.patterns, self.report = model, narrow, wanted, patterns, report
         self.largest = float(np.finfo(np.float16).max) if narrow == DTYPES["float16"] else float(2.0**128 - 2.0**120)
         self.versions: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.stored: dict[ir.Value, ir.Value] = {}  # output of a Cast to float32 -> the narrow initializer behind it
@@ -124,6 +154,7 @@ class _Caster:
                 continue
             if self.floats.intersection((*node.inputs, *node.outputs)):
                 island = node in exact or node.op_type in self.wanted or self._makes_floats(node) or self._unfit(node)
+                island = island or self._owns_float32_parameter(node)
                 self._retype(node, ir.DataType.FLOAT if island else self.narrow)
         for index, value in enumerate(graph.outputs):
             if value.dtype == self.narrow:
@@ -134,6 +165,17 @@ class _Caster:
         if node.op_type in ("Cast", "ConstantOfShape", "DequantizeLinear"):
             return False
         return not self.floats.intersection(node.inputs)
+
+    def _owns_float32_parameter(self, node: ir.Node) -> bool:
+        """Whether the node reads a parameter the contract names, as it is, stored narrow, or dequantized."""
+        if not self.patterns:
+            return False
+        names = []
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            source = producer.inputs[0] if producer is not None and producer.op_type in SOURCES else value
+            names += [source.metadata_props[PARAMETER]] if source is not None and is_parameter(source) else []
+        return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in self.patterns)
 
     def _unfit(self, node: ir.Node) -> bool:
         """Whether a small constant of the node, or a quantizer's scale, does not survive in the narrow type."""
@@ -173,6 +215,8 @@ class _Caster:
         for index, value in enumerate(node.outputs):
             if value in self.floats:
                 value.dtype = dtype if outputs[index] else ir.DataType.FLOAT
+                if value.dtype == self.narrow and value.name:
+                    self.report.narrow_values.add(value.name)
         self._attributes(node, dtype)
         counts = self.report.float32 if dtype == ir.DataType.FLOAT else self.report.narrow
         counts[node.op_type] += 1
@@ -200,6 +244,8 @@ class _Caster:
                 cast = ir.node("Cast", [source], {"to": dtype.value})
                 cast.outputs[0].name = f"{value.name}.{dtype.name.lower()}"
                 cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
+                if dtype == self.narrow and value.name:
+                    self.report.narrow_values.add(value.name)
                 self.model.graph.insert_before(before, cast)
                 self.report.casts += 1
                 self.versions[value, dtype] = cast.outputs[0]
@@ -231,7 +277,7 @@ class _Caster:
                     worst = float(np.abs(array[large]).max())
                     raise Unsupported(
                         f"{name} holds {worst:g}, more than {self.report.dtype}'s {self.largest:g}; "
-                        "build with another dtype, for example --set tensorrt.dtype=float32"
+                        "build with another dtype, for example --dtype fp32"
                     )
                 self.report.clamped.add(name)
                 array = np.where(large, np.sign(array) * np.float32(self.largest), array)

@@ -1,39 +1,81 @@
-"""Open a diffusers checkpoint folder: class, configs, safetensors headers. Nothing is unpickled, nothing downloaded."""
+"""Open a checkpoint: class, configurations, safetensors headers. Nothing is unpickled, nothing downloaded.
+
+A checkpoint is a diffusers pipeline folder, one of those in Hugging Face's cache, or one file (`single_file`).
+"""
 
 from __future__ import annotations
 
-import functools
-import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from intaglio.exporters.config_files import read_json
+from intaglio.exporters.config_files import write_config as write_config
+from intaglio.exporters.hub import cached_folder, is_repository
+from intaglio.exporters.licence import licence_of
+from intaglio.exporters.single_file_layouts import UNQUANTIZED, refuse_quantized
+from intaglio.exporters.weights import PICKLES, read_header, read_metadata, weight_files
+from intaglio.exporters.weights import WEIGHT_FILES as WEIGHT_FILES
+from intaglio.exporters.weights import Parameter as Parameter
+from intaglio.exporters.weights import Weights as Weights
 from intaglio.profiles.artifact import sha256
-from intaglio.profiles.errors import CheckpointError
+from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.registry import suggestion
 
+if TYPE_CHECKING:
+    from intaglio.exporters.single_file import SingleFile
+
+SINGLE_FILES = (".safetensors", ".gguf")  # the second is refused by name
 EMBEDDED = ("emoji",)  # checkpoints that ship with the package, by name
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+LEAVE_OUT = {"text_encoder_3": "; to build without it add --set sd3.t5=false"}  # parts a pipeline can go without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A diffusers pipeline folder; `name` is what the user calls it."""
+    """A pipeline: configuration, tokenizers and, unless they are in a single file, weights.
+
+    Attributes:
+        folder: in diffusers' layout. For a single file it holds no weights and goes when the process ends.
+        name: what the user calls it.
+        index: ``model_index.json``.
+        options: the family's build options.
+        single: the file that holds the weights, if one does.
+    """
 
     folder: Path
     name: str
     index: Mapping[str, Any]
+    options: Mapping[str, str] = field(default_factory=dict)
+    single: SingleFile | None = None
 
     @property
     def pipeline_class(self) -> str:
         """The ``_class_name`` of ``model_index.json``."""
         return str(self.index["_class_name"])
+
+    def component_class(self, part: str) -> str | None:
+        """The class ``model_index.json`` gives a component; ``None`` where the pipeline goes without it."""
+        library_and_class = self.index.get(part) or (None, None)
+        return library_and_class[1]
+
+    @property
+    def location(self) -> Path:
+        """The folder or file that the user gave."""
+        return self.folder if self.single is None else self.single.file
+
+    @property
+    def licence(self) -> str | None:
+        """What the checkpoint itself says its licence is, in one line; ``None`` where it says nothing."""
+        if self.single is not None:
+            return read_metadata(self.single.file).get("modelspec.license")
+        return licence_of(self.folder)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was decided for the user when the checkpoint was opened."""
+        return () if self.single is None else self.single.remarks
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """A component's JSON configuration.
@@ -41,35 +83,91 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing or not JSON.
         """
-        return _read_json(self.folder / part / file)
+        self._check_part(part)
+        return read_json(self.folder / part / file)
 
     def weights(self, part: str, *, prefix: str = "") -> Weights:
-        """The safetensors files of a component."""
-        return Weights(files=weight_files(self.folder / part), prefix=prefix)
+        """The safetensors files of a component.
+
+        Raises:
+            CheckpointError: they are missing, incomplete or a pickle.
+            Unsupported: they are quantized already.
+        """
+        if self.single is not None:
+            return self.single.parts[part].below(prefix)
+        self._check_part(part)
+        configuration = self.folder / part / "config.json"
+        quantized = read_json(configuration).get("quantization_config") if configuration.exists() else None
+        if quantized is not None:
+            method = dict(quantized).get("quant_method", "a quantization_config")
+            raise Unsupported(f"{configuration} says that its weights are quantized already ({method}); {UNQUANTIZED}")
+        weights = Weights(files=weight_files(self.folder / part), prefix=prefix)
+        for file in weights.files:
+            refuse_quantized(file, read_header(file))
+        return weights
+
+    def _check_part(self, part: str) -> None:
+        kind = self.component_class(part)
+        if kind is not None and not (self.folder / part).is_dir():
+            raise CheckpointError(
+                f"{self.folder / 'model_index.json'} names {part} ({kind}), but {self.folder / part} is missing; "
+                f"the checkpoint is incomplete, fetch it again{LEAVE_OUT.get(part, '')}"
+            )
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a checkpoint folder, or an embedded one by its name.
+def open_checkpoint(
+    source: str | Path | Checkpoint, *, config: str | Path | None = None, options: Mapping[str, str] | None = None
+) -> Checkpoint:
+    """Open a checkpoint.
+
+    Args:
+        source: a diffusers folder, a safetensors file in the CompVis/LDM layout, the name of an embedded checkpoint,
+            ``ORG/NAME`` or ``ORG/NAME@REVISION`` in Hugging Face's cache, or a checkpoint that is open already.
+        config: for a file: a diffusers folder whose configuration fits, where none of ours does.
+        options: ``--set`` values; those that begin with ``checkpoint.`` are about a single file.
 
     Raises:
-        CheckpointError: missing, a pickle, not a pipeline folder; the message says what would be accepted.
+        CheckpointError: missing, a pickle, not a pipeline; the message says what would be accepted.
+        UsageError: an option that does not go with this checkpoint, or one that is needed.
+        Unsupported: the weights are quantized already, or it is a kind of model nobody runs here.
     """
-    folder = embedded_folder(str(source)) if str(source) in EMBEDDED else Path(source)
-    if folder.suffix in PICKLES:
+    if isinstance(source, Checkpoint):
+        return source
+    path = Path(source)
+    if path.is_file() and path.suffix in SINGLE_FILES:
+        from intaglio.exporters.single_file import open_single_file
+
+        return open_single_file(path, config=None if config is None else Path(config), options=options)
+    opened = _open_folder(str(source))
+    if config is not None:
+        raise UsageError(f"--config {config} goes with a single file; {opened.folder} has its own configuration")
+    for key in options or {}:
+        if key.startswith("checkpoint."):
+            raise UsageError(f"--set {key} goes with a single file; {opened.folder} has its own configuration")
+    return opened
+
+
+def _open_folder(source: str) -> Checkpoint:
+    folder = embedded_folder(source) if source in EMBEDDED else Path(source)
+    name = source if source in EMBEDDED else folder.resolve().name
+    if folder.suffix in PICKLES and not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is a pickle ({folder.suffix}) and can run code when it is read; convert it to safetensors first"
+            f"{folder} is a pickle ({folder.suffix}) and can run code when it is read; "
+            f"convert it to safetensors first: intaglio convert {folder} -o {folder.with_suffix('.safetensors')}"
         )
     if not folder.is_dir():
-        near = suggestion(str(source), EMBEDDED)
-        raise CheckpointError(
-            f"{source} is not a folder; allowed: a diffusers pipeline folder or {', '.join(EMBEDDED)}.{near}"
-        )
+        if not is_repository(source):
+            near = suggestion(source, EMBEDDED)
+            raise CheckpointError(
+                f"{source} is not a folder; allowed: a diffusers pipeline folder or {', '.join(EMBEDDED)}, "
+                f"a .safetensors file of Stable Diffusion, ORG/NAME in Hugging Face's cache.{near}"
+            )
+        folder, name = cached_folder(source), source.partition("@")[0]
     if not (folder / "model_index.json").exists():
         raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if "_class_name" not in index:
         raise CheckpointError(f"{folder / 'model_index.json'} has no _class_name")
-    name = str(source) if str(source) in EMBEDDED else folder.resolve().name
     return Checkpoint(folder=folder, name=name, index=index)
 
 
@@ -83,133 +181,12 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return _Config(data, path)
-
-
-def write_config(config: Mapping[str, Any], path: Path) -> None:
-    """Write a diffusers configuration without what libraries note about where it was loaded from."""
-    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class _Config(dict[str, Any]):
-    """A JSON object that knows its file, so that a key it lacks is the checkpoint's error and not ours."""
-
-    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
-        super().__init__(data)
-        self._path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise CheckpointError(f"{self._path} has no {key!r}; the checkpoint is incomplete")
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component folder, sharded or not.
-
-    Raises:
-        CheckpointError: there is none, or only a pickle.
-    """
-    for name in WEIGHT_FILES:
-        if (folder / name).exists():
-            return (folder / name,)
-        if (folder / f"{name}.index.json").exists():
-            shards = sorted(set(_read_json(folder / f"{name}.index.json").get("weight_map", {}).values()))
-            missing = [s for s in shards if not (folder / s).exists()]
-            if missing or not shards:
-                raise CheckpointError(
-                    f"{folder / (missing[0] if missing else name)} is missing; the checkpoint is incomplete"
-                )
-            return tuple(folder / s for s in shards)
-    variants = sorted(folder.glob("*.fp16.safetensors"))
-    if variants:
-        return (variants[0],)
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if path.suffix in PICKLES:
-            raise CheckpointError(
-                f"{path} is a pickle, which can run code when it is read; convert it to safetensors first"
-            )
-    raise CheckpointError(f"{folder / WEIGHT_FILES[0]} is missing; the checkpoint is incomplete")
-
-
-class Weights(Mapping[str, "Parameter"]):
-    """Parameter name to shape and dtype, from the headers; values are read one at a time.
-
-    Args:
-        files: safetensors files.
-        prefix: removed from names that have it; names without it are left out when it is not empty.
-    """
-
-    def __init__(self, *, files: Iterable[Path], prefix: str = "") -> None:
-        self.files = tuple(files)
-        self._entries: dict[str, Parameter] = {}
-        for file in self.files:
-            for key, (dtype, shape) in _header(file).items():
-                if key.startswith(prefix):
-                    entry = Parameter(file=file, key=key, dtype=dtype, shape=shape)
-                    self._entries[key.removeprefix(prefix)] = entry
-
-    def __getitem__(self, name: str) -> Parameter:
-        return self._entries[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def renamed(self, rules: Iterable[tuple[str, str]]) -> dict[str, Parameter]:
-        """The same parameters under the names of today's modules: `rules` are regular expressions, all applied."""
-
-        def rename(name: str) -> str:
-            for pattern, replacement in rules:
-                name = re.sub(pattern, replacement, name)
-            return name
-
-        return {rename(name): parameter for name, parameter in self.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """One tensor of a safetensors file; dtype as safetensors names it (``F16``, ``BF16``, ``F32``)."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        """The values in their own dtype (bfloat16 as ``ml_dtypes.bfloat16``)."""
-        import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
-        from safetensors import safe_open
-
-        with safe_open(self.file, framework="numpy") as tensors:
-            value: np.ndarray = tensors.get_tensor(self.key)
-        return value
-
-
-@functools.lru_cache(maxsize=64)
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  not a mapping
-            return {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
-
-
 def source_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """sha256 of every file the build may read, by relative path."""
-    wanted = [p for p in checkpoint.folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file()]
-    names = {p.relative_to(checkpoint.folder).as_posix(): p for p in wanted}
+    """sha256 of every file the build may read, by a relative path that does not depend on where it lies."""
+    if checkpoint.single is not None:
+        names = checkpoint.single.sources()
+    else:
+        folder, suffixes = checkpoint.folder, (".safetensors", ".json", ".txt", ".model", ".jinja")
+        wanted = [p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file()]
+        names = {p.relative_to(folder).as_posix(): p for p in wanted}
     return {name: sha256(names[name]) for name in sorted(names)}

@@ -1,4 +1,4 @@
-"""Where checkpoints lie on this computer: digest to folder, per user and outside every artifact.
+"""Where checkpoints lie on this computer: digest to place, per user and outside every artifact.
 
 An artifact holds no absolute path. The torch engine, which is the reference, needs the checkpoint again, and finds it
 by ``--checkpoint``, by an embedded name, or here.
@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from intaglio.exporters.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, source_digests
+from intaglio.exporters.hub import cached_folder, is_repository
 from intaglio.profiles.errors import CheckpointError
 
 
@@ -36,23 +38,29 @@ def _known() -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def known_folder(digest: str) -> str | None:
-    """Where a checkpoint was last seen, if something is there still."""
-    folder = _known().get(digest)
-    return folder if folder is not None and Path(folder).is_dir() else None
+def known_place(digest: str) -> tuple[str | None, str | None]:
+    """Where a checkpoint was last seen, if something is there still, and the ``--config`` it was opened with."""
+    entry = _known().get(digest)
+    place, config = entry if isinstance(entry, list) and len(entry) == 2 else (entry, None)
+    return (place if isinstance(place, str) and Path(place).exists() else None), config
 
 
 def remember(checkpoint: Checkpoint, digest: str) -> None:
     """Note where a checkpoint lies. A cache that cannot be written is no reason to fail a build."""
     file = index_file()
     try:
-        known = {**_known(), digest: str(checkpoint.folder.resolve())}
+        known = {**_known(), digest: _place(checkpoint)}
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(known, indent=1))
         os.replace(temporary, file)
     except OSError:
         return
+
+
+def _place(checkpoint: Checkpoint) -> str | list[str]:
+    location, single = str(checkpoint.location.absolute()), checkpoint.single
+    return location if single is None or single.bundled else [location, str(single.configuration.absolute())]
 
 
 def find_checkpoint(provenance: Mapping[str, Any], given: str = "") -> Checkpoint:
@@ -62,13 +70,28 @@ def find_checkpoint(provenance: Mapping[str, Any], given: str = "") -> Checkpoin
         CheckpointError: it cannot be found, or its files changed since the build.
     """
     digest, name = provenance["digest"], provenance["checkpoint"]
-    source = given or (name if name in EMBEDDED else known_folder(digest))
+    place, config = known_place(digest)
+    source = given or (name if name in EMBEDDED else place or _cached(name))
     if source is None:
-        raise CheckpointError(f"the torch backend needs the checkpoint {name!r}; add --checkpoint FOLDER")
-    checkpoint = open_checkpoint(source)
+        raise CheckpointError(f"the torch backend needs the checkpoint {name!r}; add --checkpoint FOLDER or FILE")
+    own = {key: value for key, value in provenance["options"].items() if key.startswith("checkpoint.")}
+    checkpoint = open_checkpoint(source, config=config if Path(source).is_file() else None, options=own)
     if digest_of(source_digests(checkpoint)) != digest:
         raise CheckpointError(
-            f"{checkpoint.folder} is not the checkpoint this artifact was built from, or it changed since; "
+            f"{checkpoint.location} is not the checkpoint this artifact was built from, or it changed since; "
             "build the artifact again or add --checkpoint FOLDER"
         )
-    return checkpoint
+    return replace(checkpoint, options=family_options(provenance["options"], provenance["family"]))
+
+
+def _cached(name: str) -> str | None:
+    """`name` where Hugging Face's cache has it."""
+    try:
+        return name if is_repository(name) and cached_folder(name) else None
+    except CheckpointError:
+        return None
+
+
+def family_options(options: Mapping[str, str], family: str) -> dict[str, str]:
+    """The ``--set`` values of the family, without its name."""
+    return {k.partition(".")[2]: v for k, v in options.items() if k.partition(".")[0] == family}

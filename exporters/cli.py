@@ -35,6 +35,9 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example tensorrt.sm=sm89,sm120"
     )
+    parser.add_argument(
+        "--dtype", action="append", default=[], metavar="[TARGET=]DTYPE[,…]", help="compute in fp16, bf16 or fp32"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -72,6 +75,7 @@ def run_build(args: argparse.Namespace) -> int:
         args.output,
         targets=args.target,
         quant=parse_quant(args.quant),
+        dtype=args.dtype,
         options=parse_assignments(args.set),
         force=args.force,
     )

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from intaglio.exporters.checkpoint import Checkpoint
 
-FAMILIES = {"sd": "intaglio.exporters.sd"}
+FAMILIES = {
+    "flux": "intaglio.exporters.flux",
+    "flux2": "intaglio.exporters.flux2",
+    "qwen_image": "intaglio.exporters.qwen_image",
+    "sd": "intaglio.exporters.sd",
+    "sd3": "intaglio.exporters.sd3",
+    "sdxl": "intaglio.exporters.sdxl",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,29 +36,38 @@ class Component:
         name: folder in the artifact, named as optimum's exports name it (``unet``, ``vae_decoder``).
         source: folder in the checkpoint (``vae``).
         model: makes the library's untrained model from ``config.json``.
-        reference: loads the library's trained model, in float32, from the checkpoint's component folder.
+        reference: loads the library's trained model, in float32, from the checkpoint.
         wrap: makes a model traceable: inputs positionally, outputs as a tensor or a tuple. The parameters of the
             wrapped model carry the checkpoint's names behind `prefix`.
         inputs, outputs: tensor facts, in call order; the module takes the inputs positionally.
         prefix: what the traceable module puts before the checkpoint's parameter names (``"model."``).
         rename: regular expressions from old checkpoints' parameter names to today's.
         ignore: regular expression of checkpoint keys that are not parameters of this component.
+        transforms: regular expressions of parameters of which the graph has a part, with the name in
+            `capture.TRANSFORMS`.
     """
 
     name: str
     source: str
     model: Callable[[Mapping[str, Any]], Any]
-    reference: Callable[[Path], Any]
+    reference: Callable[[Checkpoint], Any]
     wrap: Callable[[Any], torch.nn.Module]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     prefix: str = "model."
     rename: tuple[tuple[str, str], ...] = ()
     ignore: str = r"$^"
+    transforms: tuple[tuple[str, str], ...] = ()
 
 
 class FamilyExporter(Protocol):
-    """The functions a family module ``exporters/X.py`` has."""
+    """The functions a family module ``exporters/X.py`` has.
+
+    `options` are its ``--set FAMILY.KEY=VALUE`` choices at build time with a line of help each; the components find
+    the values in ``checkpoint.options``.
+    """
+
+    options: Mapping[str, str]
 
     def components(self, checkpoint: Checkpoint) -> tuple[Component, ...]:
         """The components to export."""

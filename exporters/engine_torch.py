@@ -48,7 +48,7 @@ class TorchEngine:
         exporter, _ = family_of(checkpoint)
         component = next(c for c in exporter.components(checkpoint) if c.name == name)
         with no_progress_bar():
-            module = component.wrap(component.reference(checkpoint.folder / component.source))
+            module = component.wrap(component.reference(checkpoint))
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for parameter, value in decoded_weights(artifact, name):

@@ -32,9 +32,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "family": manifest.family,
+        "licence": manifest.licence,
         "digest": manifest.digest,
         "bytes": artifact.size_bytes(),
         "components": components,
+        "dtypes": manifest.dtypes,
         "shapes": to_dict(manifest.shapes),
         "settings": manifest.settings,
         "engines": manifest.engines,
@@ -50,6 +52,11 @@ def describe_text(facts: dict[str, Any]) -> str:
             f"  {name:<13} {c['format']:<5} {c['parameters'] / 1e6:7.2f} M parameters {c['bytes'] / 1e6:7.1f} MB  "
             f"{', '.join(c['targets'])}{quantized}"
         )
+    lines.insert(1, f"  licence       {facts['licence'] or 'the checkpoint says nothing'}")
+    for target, dtypes in facts["dtypes"].items():
+        computed = sorted(set(dtypes.values()))
+        detail = computed[0] if len(computed) == 1 else ", ".join(f"{c} {d}" for c, d in dtypes.items())
+        lines.append(f"  {target:<13} computes in {detail}")
     for axis, r in facts["shapes"].items():
         lines.append(f"  {axis:<13} {r['min']} to {r['max']}, {r['opt']} best, steps of {r['multiple']}")
     return "\n".join([*lines, *(f"  {name}" for name in facts["engines"])])

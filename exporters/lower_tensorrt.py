@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from intaglio.exporters.cast import DTYPES, cast_graph
+from intaglio.exporters.cast import DTYPES, cast_to_contract
 from intaglio.exporters.lowering import Job, Lowered
 from intaglio.exporters.store import DATA, GRAPH
 from intaglio.exporters.tensorrt_checks import Prepared, check_size, codes_found, compare, network_facts, probes
@@ -37,23 +37,21 @@ Profile = dict[str, tuple[int, int, int]]
 
 
 class LowerTensorRt:
-    """The ``tensorrt`` target: ``sm`` lists compute capabilities, ``dtype`` overrides the contract's, ``profiles`` is
-    ``batches`` (one for batch 1, one for batch 2, one for all) or ``range`` (one for all: smaller plans).
+    """The ``tensorrt`` target: ``sm`` lists compute capabilities, ``profiles`` is ``batches`` (one for batch 1, one for
+    batch 2, one for all) or ``range`` (one for all: smaller plans).
     """
 
-    options: tuple[str, ...] = ("sm", "dtype", "profiles")
+    options: tuple[str, ...] = ("sm", "profiles")
 
     def check(self, options: Mapping[str, str]) -> None:
         """Refuse wrong options or a missing package before anything is built.
 
         Raises:
-            UsageError: an unknown compute capability, dtype or choice of profiles.
+            UsageError: an unknown compute capability or choice of profiles.
             MissingDependency: neither API is installed, or not the one a compute capability needs.
         """
         for sm in wanted_sms(options):
             load_api(api_for(sm))
-        if "dtype" in options:
-            pick(COMPUTE, options["dtype"], "tensorrt.dtype")
         pick(PROFILES, options.get("profiles", "batches"), "tensorrt.profiles")
 
     def lower(self, job: Job) -> Lowered:
@@ -64,7 +62,7 @@ class LowerTensorRt:
             ToolError: TensorRT refuses the graph; with its last error.
         """
         sms = wanted_sms(job.options)
-        dtype = job.options.get("dtype", job.contract.dtype)
+        dtype = job.dtype
         (job.folder / FOLDER).mkdir(exist_ok=True)
         facts: dict[str, Any] = {"dtype": dtype}
         engines: dict[str, dict[str, Any]] = {}
@@ -196,7 +194,7 @@ def prepare(job: Job, dtype: str, scratch: Path) -> Prepared:
     model = ir.load(path)
     if dtype in DTYPES:
         # TensorRT's parser refuses `softmax_precision`: the softmax inside Attention is its own affair.
-        report = cast_graph(model, dtype, job.contract.float32_ops, softmax_attribute=False)
+        report = cast_to_contract(model, dtype, job.contract, softmax_attribute=False)
         path = scratch / GRAPH
         ir.save(model, path, external_data=DATA)
         facts = report.to_json()

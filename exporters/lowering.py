@@ -28,6 +28,7 @@ class Job:
         inputs, outputs: the tensor facts of the manifest.
         shapes: ranges of the axes.
         contract: numerics of the component.
+        dtype: compute dtype of this target.
         format: the weight format the graph carries.
         packed_bytes: bytes of ``model.onnx.data``, the least a faithful plan needs.
         options: ``--set`` values of this target, without the target's name (``{"sm": "sm89"}``).
@@ -40,6 +41,7 @@ class Job:
     outputs: tuple[TensorSpec, ...]
     shapes: Mapping[str, Range]
     contract: Contract
+    dtype: str
     format: str
     packed_bytes: int
     options: Mapping[str, str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -11,10 +11,34 @@ from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ParityError
 from intaglio.profiles.registry import installed
 from intaglio.profiles.spec import Range, TensorSpec
-from intaglio.runtimes.engine import load_engine
+from intaglio.runtimes.engine import EngineOptions, load_engine
 
 # Targets that run on a CPU, and the backend that runs them. An ahead-of-time TensorRT plan needs its GPU.
+EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, in float32 whatever they will run in
 RUNNABLE = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+LONGEST = 320  # tokens compared at most: enough to leave the traced length and every padding behind
+Rng = np.random.Generator
+# Feeds that must not be arbitrary normal numbers, by input name: (shape, generator) to values.
+FEEDS: dict[str, Callable[[tuple[int, ...], Rng], np.ndarray]] = {
+    "timestep": lambda shape, rng: rng.choice(1000, shape, replace=False),
+    "skip_layers": lambda shape, rng: np.arange(shape[0]) % 2 == 0,
+    "guidance": lambda shape, rng: rng.uniform(1, 5, shape),
+    "time_ids": lambda shape, rng: rng.integers(0, 1024, shape),
+    "img_ids": lambda shape, rng: rng.integers(0, 40, shape),
+    "txt_ids": lambda shape, rng: rng.integers(0, 40, shape),
+    "attention_mask": lambda shape, rng: ragged_mask(shape, rng),
+    "encoder_hidden_states_mask": lambda shape, rng: ragged_mask(shape, rng),
+}
+# Transformers with this input (FLUX) take time from 0 to 1 and multiply it by 1000 themselves.
+UNIT_TIME = "img_ids"
+
+
+def ragged_mask(shape: tuple[int, ...], rng: Rng) -> np.ndarray:
+    """Ones, then zeros, for texts of different lengths [B, T]."""
+    lengths = rng.integers(max(shape[1] // 2, 1), shape[1] + 1, shape[0])
+    return np.asarray(np.arange(shape[1])[None] < lengths[:, None])
 
 
 def untraced_sizes(shapes: Mapping[str, Range]) -> list[dict[str, int]]:
@@ -27,25 +51,27 @@ def untraced_sizes(shapes: Mapping[str, Range]) -> list[dict[str, int]]:
 def _size(axis: str, bounds: Range, picks: Mapping[str, int]) -> int:
     if axis == "batch":
         return min(picks["batch"], bounds.max)
-    value = bounds.min + bounds.multiple * picks.get(axis, 0)
-    value = bounds.max if axis == "tokens" else min(value, bounds.max)
+    value = min(bounds.min + bounds.multiple * picks.get(axis, 4 * picks["batch"]), bounds.max)
+    value = min(bounds.max, LONGEST) if axis.endswith("tokens") and "image" not in axis else value
     if value == trace_size(axis, bounds):
         value -= bounds.multiple
     return value
 
 
 def random_feeds(inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
-    """Seeded feeds: normal floats, small token ids, distinct timesteps."""
+    """Seeded feeds: normal floats, small token ids, and what FEEDS says of the others."""
     rng = np.random.default_rng(seed)
     feeds: dict[str, np.ndarray] = {}
     for spec in inputs:
         shape = spec.sizes(sizes)
-        if spec.dtype.startswith("int"):
+        if spec.name in FEEDS:
+            feeds[spec.name] = FEEDS[spec.name](shape, rng).astype(spec.dtype)
+        elif spec.dtype.startswith("int"):
             feeds[spec.name] = rng.integers(0, 250, shape).astype(spec.dtype)
-        elif spec.name == "timestep":
-            feeds[spec.name] = rng.choice(1000, shape, replace=False).astype(spec.dtype)
         else:
             feeds[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+    if UNIT_TIME in feeds:
+        feeds["timestep"] /= np.float32(1000)
     return feeds
 
 
@@ -71,7 +97,7 @@ def check_component(artifact: Artifact, component: str, tolerance: float) -> dic
     for target, backend in RUNNABLE.items():
         if target not in record.targets or not installed(backend):
             continue
-        engine = load_engine(backend, artifact, component)
+        engine = load_engine(backend, artifact, component, EngineOptions(settings=EXACT.get(backend, {})))
         found = [engine.run(f) for f in feeds]
         engine.close()
         worst = max(relative_error(f[n], w[n]) for f, w in zip(found, wanted, strict=True) for n in w)

@@ -7,6 +7,8 @@ of a parameter (the metadata `PARAMETER` and `TRANSFORM` of its value).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, Sequential, common
@@ -45,7 +47,7 @@ def is_parameter(value: ir.Value | None) -> bool:
 
 
 class SplitSequencePass(InPlacePass):
-    """``SplitToSequence`` with ``SequenceAt`` (torch's chunk) as one ``Split``."""
+    """``SplitToSequence`` with ``SequenceAt`` (torch's chunk, split) as a ``Split``, or ``Slice`` at symbolic sizes."""
 
     def call(self, model: ir.Model) -> PassResult:
         """See the class."""
@@ -55,18 +57,49 @@ class SplitSequencePass(InPlacePass):
                 continue
             uses = [use.node for use in node.outputs[0].uses()]
             indices = [int(_constant(use.inputs[1])) for use in uses]
-            axis = node.attributes["axis"].as_int()
-            sizes = _constant(node.inputs[1])
-            # A scalar is the size of each part, not their number; count the parts that are used.
-            outputs = max(indices) + 1 if sizes.ndim == 0 else len(sizes)
-            split = ir.node("Split", [node.inputs[0]], {"axis": axis, "num_outputs": outputs}, num_outputs=outputs)
-            model.graph.insert_before(node, split)
+            constant = ir.convenience.get_const_tensor(node.inputs[1]) is not None
+            parts = self._split(model, node, indices) if constant else self._slices(model, node, indices)
             for use, index in zip(uses, indices, strict=True):
-                _replace(model, use.outputs[0], split.outputs[index])
+                parts[index].shape, parts[index].type = use.outputs[0].shape, use.outputs[0].type
+                _replace(model, use.outputs[0], parts[index])
                 model.graph.remove(use, safe=True)
             model.graph.remove(node, safe=True)
             changed = True
         return PassResult(model, modified=changed)
+
+    @staticmethod
+    def _split(model: ir.Model, node: ir.Node, indices: Sequence[int]) -> list[ir.Value]:
+        sizes = _constant(node.inputs[1])
+        axis = node.attributes["axis"].as_int()
+        outputs = _parts(node.inputs[0], axis, sizes) or max(indices) + 1
+        inputs = [node.inputs[0]] if sizes.ndim == 0 else list(node.inputs)
+        attributes = {"axis": axis, **({"num_outputs": outputs} if sizes.ndim == 0 else {})}
+        split = ir.node("Split", inputs, attributes, num_outputs=outputs)
+        model.graph.insert_before(node, split)
+        return list(split.outputs)
+
+    @staticmethod
+    def _slices(model: ir.Model, node: ir.Node, indices: Sequence[int]) -> dict[int, ir.Value]:
+        """The parts that are used; TensorRT's Split wants constant sizes, its Slice does not."""
+
+        def add(operator: str, *inputs: ir.Value | None) -> ir.Value:
+            new = ir.node(operator, inputs)
+            model.graph.insert_before(node, new)
+            return new.outputs[0]
+
+        def constant(number: int) -> ir.Value:
+            new = ir.node("Constant", [], {"value": ir.tensor(np.array([number]))})
+            model.graph.insert_before(node, new)
+            return new.outputs[0]
+
+        parts, start, axis = {}, constant(0), constant(node.attributes["axis"].as_int())
+        for index in range(max(indices) + 1):
+            size = add("Slice", node.inputs[1], constant(index), constant(index + 1))
+            end = add("Add", start, size)
+            if index in indices:
+                parts[index] = add("Slice", node.inputs[0], start, end, axis)
+            start = end
+        return parts
 
 
 class FoldPass(InPlacePass):
@@ -164,6 +197,14 @@ def _copy_initializer(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
     copy.metadata_props.update(value.metadata_props)
     model.graph.register_initializer(copy)
     return copy
+
+
+def _parts(value: ir.Value | None, axis: int, sizes: np.ndarray) -> int:
+    """Into how many parts a value is split; 0 where that is not known. A scalar is the size of each part."""
+    if sizes.ndim:
+        return len(sizes)
+    length = value.shape[axis] if value is not None and value.shape is not None else None
+    return -(-length // int(sizes)) if isinstance(length, int) else 0
 
 
 def _constant(value: ir.Value | None) -> np.ndarray:

@@ -15,29 +15,60 @@ from intaglio.profiles.strict import from_dict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
-    """Numerics of one component: default compute dtype where fp16 exists, what stays fp32, what stays unquantized.
+    """Numerics of one component, each with its source.
 
-    `float32_ops` are ONNX operator types, `keep` glob patterns of parameter names; `source` says why.
-    `tensorrt_profiles`: ``range`` is one profile over all shapes, ``batches`` adds two fixed at one and two images.
+    Attributes:
+        dtype: compute dtype where the hardware has it.
+        allowed: what ``--dtype`` may ask for.
+        float32_ops: ONNX operator types that compute in float32 whatever the dtype.
+        float32_ops_in_float16: further ones in float16, which overflows where bfloat16 only rounds.
+        float32_parameters: glob patterns of parameter names; the operators that read them compute in float32.
+        activations_scale_factor: OpenVINO divides activations by it in float16; 0 leaves them alone.
+        keep: glob patterns of parameter names that are not quantized.
+        tolerance: relative L2 to torch in float32.
+        tensorrt_profiles: ``range`` is one profile over all shapes, ``batches`` adds two fixed at one and two images.
+        source: why.
     """
 
     dtype: str = "float32"
+    allowed: tuple[str, ...] = ("float16", "bfloat16", "float32")
     float32_ops: tuple[str, ...] = ()
+    float32_ops_in_float16: tuple[str, ...] = ()
+    float32_parameters: tuple[str, ...] = ()
+    activations_scale_factor: float = 0.0
     keep: tuple[str, ...] = ()
     tolerance: float = 1e-4
     tensorrt_profiles: str = "batches"
     source: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse a dtype that is not allowed."""
+        if self.dtype not in self.allowed:
+            raise ProfileError(f"contract dtype {self.dtype!r} is not among the allowed {self.allowed}")
+
+    def float32_operators(self, dtype: str) -> tuple[str, ...]:
+        """Operator types that compute in float32 when the component computes in `dtype`."""
+        return self.float32_ops + (self.float32_ops_in_float16 if dtype == "float16" else ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A distillation of the family: `settings` over the checkpoint's own, `scheduler` in place of its configuration."""
+
+    settings: dict[str, Any]
+    scheduler: dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One ``family.X.toml``."""
+    """One ``family.X.toml``; `presets` are what ``--set X.preset=`` may name."""
 
     name: str
     pipelines: tuple[str, ...]
     shapes: dict[str, Range]
     defaults: dict[str, Any]
     contract: dict[str, Contract] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=dict)
 
 
 def load_family(name: str) -> Family:

@@ -12,7 +12,7 @@ from intaglio.profiles.errors import ArtifactError
 from intaglio.profiles.spec import ComponentRecord, Range
 from intaglio.profiles.strict import from_dict, to_dict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -28,6 +28,7 @@ class FileRecord:
 class Manifest:
     """Everything the runtime needs to know, deterministic for the same inputs.
 
+    `dtypes` are compute dtypes by target and component; `licence` is what the checkpoint says about itself.
     `settings` are the family's sampling constants (latent channels, VAE scale, defaults); `engines` names files
     that differ from build to build (TensorRT plans) and are therefore covered by SHA256SUMS alone.
     """
@@ -40,6 +41,8 @@ class Manifest:
     settings: dict[str, Any]
     recipe: dict[str, str]
     contract: dict[str, Any]
+    dtypes: dict[str, dict[str, str]]
+    licence: str | None
     provenance: dict[str, Any]
     engines: dict[str, dict[str, Any]]
     files: dict[str, FileRecord]

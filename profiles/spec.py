@@ -88,7 +88,8 @@ class StoredTensor:
 class WeightBinding:
     """How a checkpoint parameter became an initializer.
 
-    `transform` is ``none`` or ``transpose``; `format` a row of FORMATS; `scale` the initializer of the scales.
+    `transform` is ``none``, ``transpose`` or ``last_frame`` (of a causal 3D kernel); `format` a row of FORMATS;
+    `scale` the initializer of the scales.
     """
 
     initializer: str

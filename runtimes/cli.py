@@ -17,6 +17,8 @@ from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import parse_assignments
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from intaglio.runtimes.pipeline import Pipeline
     from intaglio.runtimes.sampling import Result
 
@@ -33,13 +35,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the backend's choice")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance_scale; 1 turns guidance off")
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="reference picture; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="image k of --count uses seed + k")
     parser.add_argument("--size", metavar="WxH", help="pixels")
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--scheduler", help="ddim, pndm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, unipc, lcm")
+    parser.add_argument("--scheduler", help="the checkpoint's own where not given; euler, dpmpp_2m, unipc, …")
     parser.add_argument("--checkpoint", default="", help="for --backend torch: where the checkpoint lies")
-    parser.add_argument("--set", action="append", default=[], metavar="BACKEND.KEY=VALUE")
+    parser.add_argument("--residency", default="all", help="all; low: each component is loaded only while it is needed")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the family, or BACKEND.KEY=VALUE",
+    )
     parser.add_argument("--force", action="store_true", help="replace existing pictures")
     parser.add_argument("--json", action="store_true", help="print files, seeds and seconds as JSON")
 
@@ -80,19 +90,42 @@ def output_files(output: Path, count: int, *, force: bool) -> list[Path]:
     return files
 
 
-def backend_settings(backend: str, pairs: list[str]) -> dict[str, str]:
-    """``--set`` values of the backend in use.
+def split_settings(backend: str, pairs: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """``--set`` values: those of the backend in use, without its name, and the family's parameters.
 
     Raises:
         UsageError: a key of another backend.
     """
-    settings = {}
+    settings, parameters = {}, {}
     for key, value in parse_assignments(pairs).items():
-        owner, _, name = key.partition(".")
-        if owner != backend or not name:
+        owner, dot, name = key.rpartition(".")
+        if not dot:
+            parameters[key] = value
+        elif owner != backend or not name:
             raise UsageError(f"--set {key} does not belong to --backend {backend}; keys are {backend}.KEY")
-        settings[name] = value
-    return settings
+        else:
+            settings[name] = value
+    return settings, parameters
+
+
+def read_images(files: list[str]) -> list[Image]:
+    """Reference pictures as RGB.
+
+    Raises:
+        UsageError: a file is missing or no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UsageError(
+                f"--image {file} cannot be read as a picture ({error}); give a PNG or JPEG file"
+            ) from error
+    return images
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +133,10 @@ def run(args: argparse.Namespace) -> int:
     from intaglio.runtimes.pipeline import load
 
     files = output_files(Path(args.output), max(args.count, 1), force=args.force)
+    settings, extra = split_settings(args.backend, args.set)
     parameters = {
+        **extra,
+        "images": read_images(args.image),
         "negative_prompt": args.negative_prompt,
         "seed": args.seed,
         "num_inference_steps": args.steps,
@@ -115,7 +151,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         threads=args.threads,
         checkpoint=args.checkpoint,
-        settings=backend_settings(args.backend, args.set),
+        settings=settings,
+        residency=args.residency,
     )
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
@@ -179,7 +216,7 @@ def infotext(parameters: dict[str, Any], model: str) -> str:
         lines.append(f"Negative prompt: {parameters['negative_prompt']}")
     lines.append(
         f"Steps: {parameters['num_inference_steps']}, Sampler: {parameters['scheduler']}, "
-        f"CFG scale: {parameters['guidance_scale']}, Seed: {parameters['seed']}, "
+        f"CFG scale: {parameters.get('guidance_scale', parameters.get('true_cfg_scale'))}, Seed: {parameters['seed']}, "
         f"Size: {parameters['width']}x{parameters['height']}, Model: {model}"
     )
     return "\n".join(lines)

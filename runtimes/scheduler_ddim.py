@@ -84,6 +84,12 @@ class DDIM:
         """`sample` itself."""
         return sample
 
+    def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
+        """See `NoiseAdder`."""
+        bar = self._alphas[index]
+        noised: Array = np.sqrt(bar) * clean + np.sqrt(1 - bar) * noise
+        return noised
+
     def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
         """One deterministic step; `draw` is not called."""
         s = self._settings

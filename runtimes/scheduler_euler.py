@@ -101,6 +101,11 @@ class SigmaSampler:
         scaled: Array = sample / np.sqrt(self.sigmas[index] ** 2 + 1)
         return scaled
 
+    def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
+        """See `NoiseAdder`."""
+        noised: Array = clean + noise * self.sigmas[index]
+        return noised
+
     def _move(self, model_output: Array, sample: Array, index: int, sigma_to: np.float32) -> Array:
         """Follow the derivative at `index` to the noise level `sigma_to`."""
         sigma = self.sigmas[index]

@@ -71,6 +71,12 @@ class LCM:
         """`sample` itself."""
         return sample
 
+    def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
+        """See `NoiseAdder`."""
+        bar = self._alphas[index]
+        noised: Array = np.sqrt(bar) * clean + np.sqrt(1 - bar) * noise
+        return noised
+
     def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
         """Jump to the clean latents, then noise them for the next timestep: `draw` is called but for the last."""
         s, bar = self._settings, self._alphas[index]

@@ -1,4 +1,4 @@
-"""The table of schedulers, the configuration they share, and the noise-schedule arithmetic they are built from.
+"""The table of schedulers, how one is made, and the noise-schedule arithmetic they are built from.
 
 A scheduler belongs to one request: it is made for a number of steps, keeps what its method remembers between steps,
 and is thrown away. Everything is NumPy. Single precision is used, operation by operation, wherever diffusers uses it:
@@ -8,21 +8,21 @@ that the checkpoint's reference pictures were made with.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from intaglio.profiles.errors import ArtifactError, Unsupported, UsageError
-from intaglio.profiles.registry import pick, resolve, suggestion
+from intaglio.profiles.registry import pick, resolve
+from intaglio.runtimes.scheduler_config import CommonSettings
+from intaglio.runtimes.scheduler_config import SchedulerConfig as SchedulerConfig
 
 Array = NDArray[np.float32]
 Draw = Callable[[], Array]
-S = TypeVar("S", bound="Settings")
 
 # Command-line name -> "module:Class".
 SCHEDULERS: dict[str, str] = {
@@ -34,6 +34,12 @@ SCHEDULERS: dict[str, str] = {
     "dpmpp_2m_karras": "intaglio.runtimes.scheduler_dpmpp_2m:DPMpp2M",
     "unipc": "intaglio.runtimes.scheduler_unipc:UniPC",
     "lcm": "intaglio.runtimes.scheduler_lcm:LCM",
+    "flow_match_euler": "intaglio.runtimes.scheduler_flow_match_euler:FlowMatchEuler",
+}
+# `SchedulerConfig.process` of the checkpoint -> the schedulers that sample it.
+PROCESSES: dict[str, tuple[str, ...]] = {
+    "diffusion": tuple(name for name in SCHEDULERS if name != "flow_match_euler"),
+    "flow": ("flow_match_euler", "dpmpp_2m", "unipc"),
 }
 # Names that are another scheduler with some of its configuration set.
 PRESETS: dict[str, dict[str, Any]] = {"dpmpp_2m_karras": {"use_karras_sigmas": True}}
@@ -46,34 +52,12 @@ DIFFUSERS_CLASSES: dict[str, str] = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
-}
-# Every key that a diffusers scheduler of the Stable Diffusion family writes, by the JSON type of its value.
-KEYS: dict[str, tuple[type, ...]] = {
-    key: kinds
-    for kinds, keys in {
-        (int,): "num_train_timesteps steps_offset solver_order original_inference_steps",
-        (bool,): "clip_sample set_alpha_to_one thresholding rescale_betas_zero_snr skip_prk_steps use_karras_sigmas "
-        "use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas use_dynamic_shifting "
-        "lower_order_final euler_at_final predict_x0",
-        (int, float): "beta_start beta_end clip_sample_range dynamic_thresholding_ratio sample_max_value sigma_min "
-        "sigma_max flow_shift lambda_min_clipped timestep_scaling shift_terminal",
-        (str,): "beta_schedule prediction_type timestep_spacing interpolation_type timestep_type final_sigmas_type "
-        "algorithm_type solver_type time_shift_type variance_type",
-        (list, tuple): "trained_betas disable_corrector",
-        (object,): "solver_p",
-    }.items()
-    for key in keys.split()
-}
-# JSON null means "not set" for these; for another key diffusers would read it as false, so it is refused.
-NULLABLE = {"trained_betas", "sigma_min", "sigma_max", "variance_type", "solver_p", "shift_terminal"} | {
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
+    "FlowMatchEulerDiscreteScheduler": "flow_match_euler",
 }
 
 
 class Scheduler(Protocol):
-    """What a sampling loop needs. The latents are float32 [batch, channels, height, width]."""
+    """What a sampling loop needs. The latents are float32, of any shape."""
 
     #: float32 [n]: what is fed to the denoiser at each evaluation; n may exceed the number of steps asked for.
     timesteps: Array
@@ -95,14 +79,18 @@ class Scheduler(Protocol):
         """
 
 
+@runtime_checkable
+class NoiseAdder(Protocol):
+    """A scheduler that can start from clean latents, at any evaluation; further ones begin without a past."""
+
+    def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
+        """`clean` with standard normal `noise` as it would be before evaluation `index`; float32 of their shape."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """A scheduler's configuration, complete. Each subclass has the defaults of the diffusers class it follows."""
+class Settings(CommonSettings):
+    """What the schedulers of diffusion models share: the noise schedule of the training, and the spacing of steps."""
 
-    #: Values this toolchain honours, for the keys where it does not honour them all.
-    ALLOWED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
@@ -112,87 +100,57 @@ class Settings:
     steps_offset: int = 0
 
     def __post_init__(self) -> None:
-        checks = {"beta_schedule": tuple(BETAS), "timestep_spacing": tuple(SPACINGS), **self.ALLOWED}
-        for key, allowed in checks.items():
-            value = getattr(self, key)
-            if value not in allowed:
-                message = f"scheduler {key}={value!r} is not supported; supported: {', '.join(map(repr, allowed))}"
-                raise Unsupported(message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """A checkpoint's scheduler/scheduler_config.json, checked; what it leaves out is decided by the scheduler made."""
-
-    class_name: str | None = None
-    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
-        """Read the JSON object of a diffusers scheduler.
-
-        Raises:
-            ArtifactError: a key is unknown, or its value has the wrong type.
-        """
-        # diffusers lists here the keys that it filled in by itself, and drops them when the scheduler is switched.
-        filled = set(config.get("_use_default_values", ()))
-        public = {key: value for key, value in config.items() if not key.startswith("_") and key not in filled}
-        for key, value in public.items():
-            _check_key(key, value)
-        values = {key: value for key, value in public.items() if value is not None}
-        return cls(class_name=config.get("_class_name"), values=values)
-
-    def replace(self, **values: Any) -> SchedulerConfig:
-        """A copy with some keys set, checked as `from_dict` does."""
-        return self.from_dict({**self.values, **values, "_class_name": self.class_name})
-
-    def settings(self, kind: type[S]) -> S:
-        """The values `kind` has a field for, over its defaults; the others belong to other schedulers.
-
-        Raises:
-            Unsupported: a value cannot be honoured.
-            ArtifactError: `trained_betas` has not one number per training step.
-        """
-        names = {field.name for field in dataclasses.fields(kind)}
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in self.values.items()
-        }
-        made = kind(**{key: value for key, value in given.items() if key in names})
-        if made.trained_betas is not None and len(made.trained_betas) != made.num_train_timesteps:
-            message = f"{len(made.trained_betas)} trained_betas for {made.num_train_timesteps} training steps"
+        self.refuse_others({"beta_schedule": tuple(BETAS), "timestep_spacing": tuple(SPACINGS), **self.ALLOWED})
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            message = f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} training steps"
             raise ArtifactError(message)
-        return made
 
 
-def _check_key(key: str, value: Any) -> None:
-    if key not in KEYS:
-        message = f"scheduler_config.json has an unknown key {key!r}.{suggestion(key, KEYS)}"
-        raise ArtifactError(message)
-    kinds = KEYS[key]
-    numeric = int in kinds
-    if (value is None and key in NULLABLE) or (isinstance(value, kinds) and not (numeric and isinstance(value, bool))):
-        return
-    expected = " or ".join(kind.__name__ for kind in kinds)
-    message = f"scheduler_config.json: {key} must be {expected}, not {value!r}"
-    raise ArtifactError(message)
-
-
-def make_scheduler(name: str | None, config: SchedulerConfig, num_inference_steps: int) -> Scheduler:
+def make_scheduler(
+    name: str | None,
+    config: SchedulerConfig,
+    num_inference_steps: int,
+    *,
+    sigmas: NDArray[np.floating[Any]] | None = None,
+    mu: float | None = None,
+) -> Scheduler:
     """A new scheduler for one request.
 
     Args:
         name: a key of `SCHEDULERS`, or None for the checkpoint's own.
         config: the checkpoint's configuration.
         num_inference_steps: from 1 to the number of training steps (`original_inference_steps` for LCM).
+        sigmas: noise levels before shifting, descending, float [num_inference_steps]; for flow checkpoints only, and
+            used by ``flow_match_euler`` alone: multistep solvers lay out their own, as in diffusers' FLUX pipelines.
+        mu: how far to shift the noise levels; for flow checkpoints only, and used where their configuration says
+            ``use_dynamic_shifting``.
 
     Raises:
         UsageError: the name is unknown or the number of steps is out of range.
         Unsupported: the configuration cannot be honoured by this scheduler, or has no finite result with it.
+        TypeError: `sigmas` or `mu` for a checkpoint that is not a flow.
+        ValueError: `sigmas` of another length than the steps, or no `mu` where it is needed.
     """
     chosen = name if name is not None else default_name(config)
     factory = resolve(pick(SCHEDULERS, chosen, "scheduler"))
-    made: Scheduler = factory(config.replace(**PRESETS.get(chosen, {})), num_inference_steps)
-    return made
+    fitting = PROCESSES[config.process]
+    if chosen not in fitting:
+        message = (
+            f"scheduler {chosen!r} cannot sample this {config.process} checkpoint ({config.class_name}, "
+            f"prediction_type={config.values.get('prediction_type')}); those that can: {', '.join(fitting)}"
+        )
+        raise Unsupported(message)
+    if sigmas is not None and len(sigmas) != num_inference_steps:
+        message = f"{len(sigmas)} sigmas for {num_inference_steps} steps"
+        raise ValueError(message)
+    if config.process == "flow":
+        made: Scheduler = factory(config.as_flow(), num_inference_steps, sigmas=sigmas, mu=mu)
+        return made
+    if sigmas is not None or mu is not None:
+        message = f"scheduler {chosen!r} takes neither sigmas nor mu"
+        raise TypeError(message)
+    plain: Scheduler = factory(config.replace(**PRESETS.get(chosen, {})), num_inference_steps)
+    return plain
 
 
 def default_name(config: SchedulerConfig) -> str:
@@ -203,7 +161,8 @@ def default_name(config: SchedulerConfig) -> str:
     """
     if config.class_name in DIFFUSERS_CLASSES:
         return DIFFUSERS_CLASSES[config.class_name]
-    message = f"the checkpoint's scheduler {config.class_name} is not supported; choose one of {', '.join(SCHEDULERS)}"
+    fitting = ", ".join(PROCESSES[config.process])
+    message = f"the checkpoint's scheduler {config.class_name} is not supported; choose one of {fitting}"
     raise Unsupported(message)
 
 

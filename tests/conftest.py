@@ -19,6 +19,7 @@ seconds: collections.Counter[str] = collections.Counter()
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all-cases", action="store_true", help="every case of every family, not the first ones alone")
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/* anew instead of comparing")
 
 
@@ -112,8 +113,8 @@ def tiny_artifact_tensorrt(tiny_checkpoint, tmp_path_factory):
     from intaglio.exporters.build import build
     from intaglio.runtimes.tensorrt_api import present_gpu
 
-    options = {"tensorrt.sm": present_gpu() or "", "tensorrt.dtype": "float32"}
-    return build(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "trt", targets=("tensorrt",), options=options)
+    folder, options = tmp_path_factory.mktemp("artifact") / "trt", {"tensorrt.sm": present_gpu() or ""}
+    return build(tiny_checkpoint, folder, targets=("tensorrt",), dtype=["tensorrt=fp32"], options=options)
 
 
 def built(checkpoint, folder, quant):

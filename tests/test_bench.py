@@ -15,7 +15,7 @@ from intaglio.bench.cases import Case, matrix, names_of, precision_of
 from intaglio.bench.worker import Client, WorkerError, describe_exit, to_json
 from intaglio.profiles.artifact import Artifact, seal
 from intaglio.profiles.errors import ToolError, Unsupported, UsageError
-from intaglio.profiles.manifest import Manifest
+from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
 from intaglio.profiles.spec import ComponentRecord, StoredTensor
 from intaglio.runtimes.sampling import Result, StepEvent
 
@@ -100,7 +100,9 @@ def artifact_at(folder, *, format_="none", engines=()):
         coverage=0.0,
     )
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
+        dtypes={},
+        licence=None,
         family="sd",
         name=folder.name,
         components={"unet": record},

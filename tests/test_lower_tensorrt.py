@@ -40,7 +40,7 @@ def write(folder, nodes, constants, inputs, outputs, domains=()):
     save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
 
 
-def job(folder, inputs=INPUTS, outputs=OUTPUTS, format_="none", contract=None, **options):
+def job(folder, inputs=INPUTS, outputs=OUTPUTS, format_="none", contract=None, dtype="float16", **options):
     return Job(
         folder=folder,
         component="unet",
@@ -48,6 +48,7 @@ def job(folder, inputs=INPUTS, outputs=OUTPUTS, format_="none", contract=None, *
         outputs=outputs,
         shapes=SHAPES,
         contract=contract or Contract(dtype="float16", float32_ops=("LayerNormalization", "Softmax")),
+        dtype=dtype,
         format=format_,
         packed_bytes=(folder / "model.onnx.data").stat().st_size,
         options=options,
@@ -247,13 +248,11 @@ def test_wrong_compute_capabilities_are_refused_with_what_is_allowed(value, word
 
 @needs_rtx
 def test_options_are_checked_before_anything_is_built():
-    assert LOWERING.options == ("sm", "dtype", "profiles")
+    assert LOWERING.options == ("sm", "profiles")
     LOWERING.check({})
-    LOWERING.check({"sm": "sm86, SM121", "dtype": "bfloat16"})
+    LOWERING.check({"sm": "sm86, SM121"})
     assert wanted_sms({}) == DEFAULT_SMS == ("sm89", "sm120")
     assert wanted_sms({"sm": "sm86, SM121"}) == ("sm86", "sm121")
-    with pytest.raises(UsageError, match=r"unknown tensorrt.dtype 'fp16'; allowed: bfloat16, float16, float32"):
-        LOWERING.check({"dtype": "fp16"})
     with pytest.raises(UsageError, match=r"unknown tensorrt.profiles 'batch'; allowed: batches, range"):
         LOWERING.check({"profiles": "batch"})
     assert all(hasattr(rtx.ComputeCapability, sm.upper()) for sm in RTX_SMS)
@@ -292,6 +291,7 @@ def test_every_component_of_a_real_checkpoint_builds(component, tiny_artifact_in
         outputs=record.outputs,
         shapes=manifest.shapes,
         contract=load_family(manifest.family).contract[component],
+        dtype="float16",
         format=record.format,
         packed_bytes=(folder / "model.onnx.data").stat().st_size,
         options={"sm": "sm89"},

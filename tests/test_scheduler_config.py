@@ -10,11 +10,12 @@ from test_schedulers import REFERENCE, SD15, make
 
 from intaglio.profiles.errors import ArtifactError, Unsupported, UsageError
 from intaglio.profiles.registry import resolve
-from intaglio.runtimes import schedulers
-from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES, SCHEDULERS, SchedulerConfig
+from intaglio.runtimes import scheduler_config
+from intaglio.runtimes.scheduler_config import CommonSettings
+from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES, PROCESSES, SCHEDULERS, SchedulerConfig
 
-# Read by diffusers only together with a value that is refused here: thresholding, flow sigmas, dynamic shifting.
-WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+# Read by diffusers only together with a value that is refused here: thresholding.
+WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value"}
 # LCM never steps to the end of the table, so that diffusers' value is never used.
 NEVER_READ = {"lcm": {"set_alpha_to_one"}}
 
@@ -23,13 +24,13 @@ NEVER_READ = {"lcm": {"set_alpha_to_one"}}
 def test_no_key_of_diffusers_is_ignored_and_defaults_agree(name):
     module = importlib.import_module(SCHEDULERS[name].partition(":")[0])
     kinds = [x for x in vars(module).values() if inspect.isclass(x) and x.__module__ == module.__name__]
-    kind = [x for x in kinds if issubclass(x, schedulers.Settings)][-1]
+    kind = [x for x in kinds if issubclass(x, CommonSettings)][-1]
     ours = {field.name: field.default for field in dataclasses.fields(kind)}
     parameters = inspect.signature(getattr(diffusers, REFERENCE[name]).__init__).parameters
     theirs = {key: tuple(p.default) if p.default == [] else p.default for key, p in parameters.items() if key != "self"}
     assert set(theirs) - set(ours) <= WITHOUT_EFFECT | NEVER_READ.get(name, set())
     assert {k: v for k, v in ours.items() if k in theirs} == {k: v for k, v in theirs.items() if k in ours}
-    assert set(theirs) <= set(schedulers.KEYS)
+    assert set(theirs) <= set(scheduler_config.KEYS)
 
 
 @pytest.mark.parametrize(("theirs", "name"), DIFFUSERS_CLASSES.items())
@@ -51,7 +52,7 @@ def test_unknown_name_gets_a_suggestion():
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
 def test_number_of_steps_out_of_range(name, steps):
     with pytest.raises(UsageError, match=rf"^{steps} steps .* 1 to \d+$"):
-        make(name, SD15, steps)
+        make(name, {**SD15, "_class_name": REFERENCE[name]}, steps)
 
 
 def test_lcm_allows_no_more_steps_than_it_was_distilled_with():
@@ -73,6 +74,11 @@ REFUSED = [
     ("dpmpp_2m", {"use_lu_lambdas": True}),
     ("dpmpp_2m", {"variance_type": "learned_range"}),
     ("unipc", {"use_flow_sigmas": True}),
+    ("dpmpp_2m", {"use_flow_sigmas": True}),
+    ("dpmpp_2m", {"use_flow_sigmas": False, "prediction_type": "flow_prediction"}),
+    ("unipc", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_karras_sigmas": True}),
+    ("unipc", {"use_dynamic_shifting": True}),
+    ("unipc", {"shift_terminal": 0.02}),
     ("unipc", {"use_beta_sigmas": True}),
     ("unipc", {"predict_x0": False}),
     ("unipc", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
@@ -89,7 +95,7 @@ def test_a_value_that_cannot_be_honoured_is_refused(name, options):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in PROCESSES["diffusion"] if name != "lcm"])
 def test_keys_of_other_schedulers_are_left_alone(name):
     make(name, {**SD15, "original_inference_steps": 2000}, 10)
 

@@ -1,4 +1,4 @@
-"""Every scheduler against diffusers, over whole trajectories in which an error would feed back into the next step."""
+"""The schedulers of diffusion models against diffusers, over whole trajectories, in which errors would feed back."""
 
 import importlib
 import warnings
@@ -10,13 +10,14 @@ import torch
 
 from intaglio.profiles.errors import Unsupported
 from intaglio.runtimes.noise import Noise
-from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES, PRESETS, SCHEDULERS, SchedulerConfig, make_scheduler
+from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES, PRESETS, PROCESSES, SchedulerConfig, make_scheduler
 
 # Largest difference from diffusers in any latents of a trajectory, relative to the largest value of those latents.
 TOLERANCE = 1e-5  # measured: 2.7e-6 (euler, unipc), 2.3e-6 (dpmpp_2m_karras), at most 1.3e-6 for the others
 # torch's square root (MKL) is off by one unit in 577 of 100000 values, which zero-SNR rescaling carries into sigma;
 # sigma_down = sqrt(sigma^2 - sigma_up^2) then cancels three digits. Two processors differ as much within diffusers.
 ANCESTRAL_ZERO_SNR = 1e-3  # measured: 1.5e-4 at 4 linspace steps with v_prediction, at most 2.1e-6 elsewhere
+NAMES = PROCESSES["diffusion"]
 STEPS = (1, 2, 4, 20, 50)
 SPACINGS = ("leading", "linspace", "trailing")
 SHAPE = (2, 4, 6, 6)
@@ -141,7 +142,7 @@ def falls_off(name, config, steps):
     return name == "dpmpp_2m_karras" and config["rescale_betas_zero_snr"] and steps == 50
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero_snr"])
@@ -162,14 +163,10 @@ def test_trajectories_equal_diffusers(name, prediction, spacing, zero_snr, monke
 
 
 OPTIONS = [
-    *((name, {"beta_schedule": "linear"}) for name in SCHEDULERS),
-    *(
-        (name, {"beta_schedule": "squaredcos_cap_v2"})
-        for name in SCHEDULERS
-        if name not in {"euler_a", "dpmpp_2m_karras"}
-    ),
-    *((name, {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()}) for name in SCHEDULERS),
-    *((name, {"num_train_timesteps": 500, "steps_offset": 0}) for name in SCHEDULERS),
+    *((name, {"beta_schedule": "linear"}) for name in NAMES),
+    *((name, {"beta_schedule": "squaredcos_cap_v2"}) for name in NAMES if name not in {"euler_a", "dpmpp_2m_karras"}),
+    *((name, {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()}) for name in NAMES),
+    *((name, {"num_train_timesteps": 500, "steps_offset": 0}) for name in NAMES),
     ("ddim", {"set_alpha_to_one": True}),
     ("ddim", {"clip_sample": True, "clip_sample_range": 0.7}),
     ("pndm", {"set_alpha_to_one": True}),
@@ -206,13 +203,13 @@ def test_options_equal_diffusers(name, options, monkeypatch):
         assert_near(compare(name, {**SD15, **options}, steps, monkeypatch), TOLERANCE, steps)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_configuration_means_the_defaults_of_the_diffusers_class(name, monkeypatch):
     config = {"skip_prk_steps": True} if name == "pndm" else {}
     assert_near(compare(name, config, 10, monkeypatch), TOLERANCE, 10)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if "karras" not in name and name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "karras" not in name and name != "lcm"])
 def test_trailing_spacing_stays_on_the_models_timesteps(name):
     """At 61 steps a rounding error makes diffusers append timestep -1, which is noise again; ours is cut."""
     made = make(name, {**SD15, "timestep_spacing": "trailing"}, 61)
@@ -236,7 +233,7 @@ def test_finite_where_diffusers_has_no_result(name, options):
         assert_finite(name, {**SD15, **options}, steps)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_requests_do_not_share_state(name):
     noise = Noise(3)
     draws = [noise.randn(SHAPE) for _ in range(10)]

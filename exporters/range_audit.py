@@ -1,0 +1,227 @@
+"""Find what float16 would overflow, by a float32 run over prompts and all steps that records max|x| per tensor.
+
+ONNX Runtime and OpenVINO on a CPU compute float16 graphs in wider arithmetic: they return 153.6 where a GPU gives inf.
+So the float32 graph is run instead, with one more output: the largest absolute value of every tensor that the cast
+pass would make float16. The limit is half of float16's largest value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intaglio.exporters.cast import cast_to_contract
+from intaglio.exporters.passes import is_parameter
+from intaglio.exporters.store import GRAPH
+from intaglio.profiles.artifact import Artifact
+from intaglio.profiles.errors import NumericsError
+from intaglio.profiles.family import Contract
+from intaglio.quantize.rewrite import PARAMETER
+from intaglio.runtimes.engine import EngineOptions, check_feeds
+from intaglio.runtimes.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LIMIT = 32752.0  # half of 65504
+PROMPTS = ("a photograph of a red cat on the moon", "红心，月亮和一只猫")
+NEAR = 6  # nodes
+PEAKS, AUDIT_GRAPH = "intaglio.peaks", "model.audit.onnx"
+
+
+@dataclass(slots=True)
+class Peak:
+    """The largest value a tensor took, and where."""
+
+    value: float = 0.0
+    step: int = 0
+    prompt: str = ""
+
+
+@dataclass(slots=True)
+class Place:
+    """Where the sampling loop is."""
+
+    step: int = 0
+    prompt: str = ""
+
+
+class AuditEngine:
+    """A component on ONNX Runtime in float32 that keeps the peak of every tensor float16 would hold."""
+
+    def __init__(self, artifact: Artifact, component: str, contract: Contract, place: Place) -> None:
+        import onnxruntime as ort
+
+        self.record, self.place = artifact.manifest.components[component], place
+        path = artifact.component(component) / AUDIT_GRAPH
+        self.names = write_audit_graph(artifact.component(component), contract)
+        self.peaks = {name: Peak() for name in self.names}
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # fused tensors would not show
+        options.log_severity_level = 3
+        try:
+            self.session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        finally:
+            path.unlink()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Engine.run`."""
+        names = [s.name for s in self.record.outputs]
+        *values, peaks = self.session.run([*names, PEAKS], check_feeds(self.record, feeds))
+        for name, value in zip(self.names, peaks, strict=True):
+            if not value <= self.peaks[name].value:  # NaN too
+                self.peaks[name] = Peak(float(value), self.place.step, self.place.prompt)
+        return dict(zip(names, values, strict=True))
+
+    def memory(self) -> dict[str, int | None]:
+        """Not said."""
+        return {"weight_bytes": None}
+
+    def close(self) -> None:
+        """Drop the session, keep the peaks."""
+        self.session = None
+
+
+def write_audit_graph(folder: Path, contract: Contract) -> tuple[str, ...]:
+    """``model.audit.onnx`` beside ``model.onnx``: the same graph with the output PEAKS; returns its tensors' names."""
+    import onnx_ir as ir
+
+    report = cast_to_contract(ir.load(folder / GRAPH), "float16", contract)
+    model = ir.load(folder / GRAPH)
+    graph = model.graph
+    wanted = [v for n in graph for v in n.outputs if v.name in report.narrow_values]
+    wanted += [v for v in graph.inputs if v.name in report.narrow_values]
+    maxima = []
+    for value in wanted:
+        size = ir.node("Abs", [value])
+        flat = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
+        row = ir.node("Reshape", [flat.outputs[0], constant(model, "intaglio.one", [1])])
+        graph.extend([size, flat, row])
+        maxima.append(row.outputs[0])
+    joined = ir.node("Concat", maxima, {"axis": 0})
+    joined.outputs[0].name, joined.outputs[0].dtype = PEAKS, ir.DataType.FLOAT
+    joined.outputs[0].shape = ir.Shape([len(maxima)])
+    graph.append(joined)
+    graph.outputs.append(joined.outputs[0])
+    ir.save(model, folder / AUDIT_GRAPH)
+    return tuple(label(v) for v in wanted)
+
+
+def label(value: Any) -> str:
+    """A tensor's name with the nearest parameter before it, which says where in the model it is."""
+    front = [value]
+    for _ in range(NEAR):
+        front = [i for v in front if (p := v.producer()) is not None for i in p.inputs if i is not None]
+        names = [i.metadata_props[PARAMETER] for i in front if is_parameter(i)]
+        if names:
+            return f"{value.name} (after {names[0]})"
+    return str(value.name)
+
+
+def constant(model: Any, name: str, values: Sequence[int]) -> Any:
+    """An int64 initializer, made once."""
+    import onnx_ir as ir
+
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(np.array(values, np.int64), name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        model.graph.register_initializer(value)
+    return model.graph.initializers[name]
+
+
+@dataclass(slots=True)
+class Audit:
+    """Peaks by component and tensor."""
+
+    peaks: dict[str, dict[str, Peak]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what float16 cannot hold with a margin of two.
+
+        Raises:
+            NumericsError: naming the first such tensor of the first such component, its step and prompt.
+        """
+        bad = [(c, n, p) for c, tensors in self.peaks.items() for n, p in tensors.items() if not p.value <= LIMIT]
+        if not bad:
+            return
+        component, tensor, peak = bad[0]
+        raise NumericsError(
+            f"{component}: {tensor} reaches {peak.value:.4g} at step {peak.step} of {peak.prompt!r}, over {LIMIT:g}, "
+            f"half of what float16 holds ({len(bad)} such tensors); build with --dtype bf16 or fp32, or name a float32 "
+            "island in the contract"
+        )
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """The three largest peaks of each component, for ``build.json``."""
+        result = {}
+        for component, tensors in self.peaks.items():
+            top = sorted(tensors.items(), key=lambda item: -item[1].value)[:3]
+            result[component] = {name: float(f"{peak.value:.4g}") for name, peak in top}
+        return result
+
+
+def audit_ranges(artifact: Artifact, contracts: Mapping[str, Contract], prompts: Sequence[str] = PROMPTS) -> Audit:
+    """Sample `prompts` with every component of `contracts` instrumented; components without one run as they are.
+
+    The VAE encoder is fed the pictures.
+    """
+    place = Place()
+    engines = {name: AuditEngine(artifact, name, contract, place) for name, contract in contracts.items()}
+    pipeline = Pipeline(artifact, "onnxruntime", EngineOptions(), residency="low")
+    whole = any(not name.startswith("text_encoder") for name in contracts)  # text is read before the first step
+    for prompt in prompts:
+        place.prompt = prompt
+        with kept(pipeline, engines):
+            result = run_through(pipeline, prompt, place, whole=whole)
+        if "vae_encoder" in engines:
+            pixels = np.stack([np.asarray(i, np.float32) for i in result.images]).transpose(0, 3, 1, 2)
+            engines["vae_encoder"].run({"sample": pixels / np.float32(127.5) - 1})
+    for engine in engines.values():
+        engine.close()
+    return Audit({name: engine.peaks for name, engine in engines.items()})
+
+
+@contextlib.contextmanager
+def kept(pipeline: Pipeline, engines: Mapping[str, AuditEngine]) -> Iterator[None]:
+    """The pipeline with these engines in it for one run."""
+    used = dict(engines)
+    pipeline.engines.loaded.update(used)
+    pipeline.engines.keep = True
+    try:
+        yield
+    finally:
+        for name in used:
+            pipeline.engines.loaded.pop(name, None)
+        pipeline.engines.close()
+
+
+def run_through(pipeline: Pipeline, prompt: str, place: Place, *, whole: bool) -> Any:
+    """One picture at the artifact's own settings, `place` kept on the step; without `whole` the first step alone."""
+    import warnings
+
+    place.step = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images = (waves(*pipeline.sampler.size(())),) if pipeline.sampler.needs_images else ()
+        steps = pipeline.stream(prompt, seed=0, images=images)
+        while True:
+            try:
+                place.step = next(steps).index + 1
+                if not whole:
+                    return None
+            except StopIteration as stop:
+                return stop.value
+
+
+def waves(width: int, height: int) -> Image:
+    """A picture of full contrast, for artifacts that start from one."""
+    from PIL import Image
+
+    y, x = np.mgrid[:height, :width] / 32
+    pixels = np.stack([np.sin(x + y), np.cos(x - y), np.sin(x) * np.cos(2 * y)], axis=-1)
+    return Image.fromarray(((pixels + 1) * 127.5).astype(np.uint8))

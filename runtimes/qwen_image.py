@@ -1,0 +1,154 @@
+"""How Qwen-Image is sampled: a described prompt, packed latents, guidance of the same length. NumPy only.
+
+The order of operations is that of diffusers' ``QwenImagePipeline.__call__``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from intaglio.runtimes.flux import pack, unpack
+from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
+from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
+from intaglio.runtimes.scheduler_flow_match_euler import calculate_shift
+from intaglio.runtimes.text import PromptTokenizer, fill_template
+
+if TYPE_CHECKING:
+    from intaglio.profiles.artifact import Artifact
+
+ID_AXES = 3
+PATCH = 2  # latents along one side of a token
+TIMESTEPS = np.float32(1000)
+# Arguments of `calculate_shift` and the scheduler's keys for them; the defaults of both are the same.
+SHIFT_KEYS = {
+    "base_seq_len": "base_image_seq_len",
+    "max_seq_len": "max_image_seq_len",
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+}
+
+
+class QwenImage(Sampler):
+    """The sampler of the family ``qwen_image``; ``guidance_scale`` is diffusers' ``true_cfg_scale``."""
+
+    components = ("text_encoder", "transformer", "vae_decoder")
+    denoiser = "transformer"
+    batched = False  # the prompts of the two branches have different lengths
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "max_sequence_length": Parameter(
+            kind=int, default=512, help="tokens of a prompt, the template's end included", minimum=1, maximum=1024
+        ),
+    }
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(artifact)
+        self.tokenizer = PromptTokenizer(artifact.folder / "tokenizer")
+
+    def guided(self, request: Request) -> bool:
+        """See `Sampler.guided`: as in diffusers, guidance needs a negative prompt, be it empty."""
+        return request.guidance_scale > 1 and request.negative_prompt is not None
+
+    def encode(self, engines: Components, request: Request, clock: Clock) -> list[Branch]:
+        """See `Sampler.encode`; warns where one of guidance and negative prompt is there without the other."""
+        guidance, negative = request.guidance_scale, request.negative_prompt
+        if guidance > 1 and negative is None:
+            message = f"guidance {guidance:g} has no effect without a negative prompt; give one, ' ' will do"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        if guidance <= 1 and negative is not None:
+            message = f"the negative prompt has no effect with guidance {guidance:g}; set it above 1"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        branches = [self.branch("conditional", request.prompts, engines, request, clock)]
+        if self.guided(request):
+            branches.append(self.branch("negative", [negative or ""], engines, request, clock))
+        return branches
+
+    def branch(self, name: str, prompts: Sequence[str], engines: Components, request: Request, clock: Clock) -> Branch:
+        """Text states [pictures, T, D] without the template's beginning, zeros behind shorter ones, and their mask.
+
+        The text encoder looks to the left only, so that cutting the ids is cutting the states.
+        """
+        drop = self.settings["prompt_template_drop"]
+        with clock.stage("tokenize"):
+            texts = [fill_template(self.settings["prompt_template"], prompt) for prompt in prompts]
+            length = drop + request.options["max_sequence_length"]
+            tokens = self.tokenizer(texts, length=length, padding="longest")
+        with clock.stage("text_encoder"):
+            feeds = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+            states = engines["text_encoder"].run(feeds)["last_hidden_state"]
+        check_finite("text_encoder", states)
+        rows = [row[mask.astype(bool)][drop:] for row, mask in zip(states, tokens.mask, strict=True)]
+        longest = max(map(len, rows))
+        padded = np.zeros((len(rows), longest, states.shape[-1]), np.float32)
+        mask = np.zeros((len(rows), longest), np.int64)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)], mask[i, : len(row)] = row, 1
+        return Branch(
+            name=name,
+            feeds={
+                "encoder_hidden_states": request.per_picture(padded),
+                "encoder_hidden_states_mask": request.per_picture(mask),
+                "img_ids": image_ids(*self.grid(request)),
+                "txt_ids": text_ids(longest, *self.grid(request)),
+            },
+        )
+
+    def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
+        """See `Sampler.model_feeds`."""
+        times = np.full(len(sample), np.float32(timestep) / TIMESTEPS, np.float32)
+        return {"hidden_states": pack(sample), "timestep": times}
+
+    def prediction(self, request: Request, output: np.ndarray) -> np.ndarray:
+        """See `Sampler.prediction`."""
+        return unpack(output, *self.grid(request))
+
+    def combine(self, request: Request, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See `Sampler.combine`; then each token is given the length it has in the conditional prediction."""
+        mixed = super().combine(request, predictions)
+        if "negative" not in predictions:
+            return mixed
+        tokens, conditional = pack(mixed), pack(predictions["conditional"])
+        ratio = np.linalg.norm(conditional, axis=-1, keepdims=True) / np.linalg.norm(tokens, axis=-1, keepdims=True)
+        return unpack(tokens * ratio, *self.grid(request))
+
+    def schedule(self, request: Request) -> dict[str, Any]:
+        """See `Sampler.schedule`: evenly spaced sigmas, shifted by the number of image tokens."""
+        steps, (rows, columns), config = request.num_inference_steps, self.grid(request), self.scheduler_config.values
+        line = {argument: config[key] for argument, key in SHIFT_KEYS.items() if key in config}
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": calculate_shift(rows * columns, **line)}
+
+    def unscale(self, latents: np.ndarray) -> np.ndarray:
+        """See `Sampler.unscale`: times each channel's standard deviation, plus its mean."""
+        mean, deviation = (
+            np.asarray(self.settings[name], np.float32)[None, :, None, None] for name in ("latents_mean", "latents_std")
+        )
+        unscaled: np.ndarray = latents / (np.float32(1) / deviation) + mean
+        return unscaled
+
+    def report(self, request: Request) -> dict[str, Any]:
+        """See `Sampler.report`: the guidance under diffusers' name, 1 where it took no part."""
+        report = super().report(request)
+        return {**report, "true_cfg_scale": request.guidance_scale if self.guided(request) else 1.0}
+
+    def grid(self, request: Request) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        side = PATCH * self.settings["vae_scale_factor"]
+        return request.height // side, request.width // side
+
+
+def image_ids(rows: int, columns: int) -> np.ndarray:
+    """Position ids float32 [rows * columns, 3]: frame 0, row and column from the centre, where 0 comes after it."""
+    ids = np.zeros((rows, columns, ID_AXES), np.float32)
+    ids[..., 1] = np.arange(rows)[:, None] - (rows - rows // 2)
+    ids[..., 2] = np.arange(columns)[None] - (columns - columns // 2)
+    return ids.reshape(rows * columns, ID_AXES)
+
+
+def text_ids(length: int, rows: int, columns: int) -> np.ndarray:
+    """Position ids float32 [length, 3], the same on every axis: on from where the picture's end."""
+    start = max(rows // 2, columns // 2)
+    ids = np.arange(start, start + length, dtype=np.float32)
+    return np.repeat(ids[:, None], ID_AXES, axis=1)

@@ -1,0 +1,185 @@
+"""Every family, end to end: its components against torch, its pictures against diffusers' own pipeline, in float32.
+
+The cases are in ``tests/tiny_X.py``. Every tolerance has its measured value beside it; the power tests show that the
+tolerances catch the mistakes one makes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from families import (
+    BACKENDS,
+    COMPONENT,
+    LATENTS,
+    PROMPT,
+    PROMPTS,
+    Built,
+    Run,
+    artifact_key,
+    by_artifact,
+    core_cases,
+    passes,
+)
+
+from intaglio.exporters.component import FAMILIES
+from intaglio.profiles.errors import UsageError
+from intaglio.runtimes.fidelity import relative_l2
+
+GOLDEN = Path(__file__).parent / "golden/tensor_names.json"
+
+
+def pytest_generate_tests(metafunc):
+    if "run" in metafunc.fixturenames:
+        names = tiny.CASES if metafunc.config.getoption("--all-cases") else core_cases()
+        metafunc.parametrize("run", by_artifact(names), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def latest():
+    """The artifact that is in use, so that cases of one artifact share it."""
+    holder = {}
+    yield holder
+    for built in holder.values():
+        built.close()
+
+
+@pytest.fixture(scope="module")
+def run(request, latest, tmp_path_factory):
+    case = tiny.CASES[request.param]
+    key = artifact_key(case)
+    if key not in latest:
+        for built in latest.values():
+            built.close()
+        latest.clear()
+        latest[key] = Built(case, tmp_path_factory.mktemp("family"), ("openvino",), {})
+    return Run(case, latest[key])
+
+
+def test_every_family_has_a_case():
+    assert {case.family for case in tiny.CASES.values()} == set(FAMILIES) == set(tiny.CHECKPOINTS)
+
+
+def test_components_equal_torch_at_two_untraced_shapes(run):
+    parity = run.built.parity()
+    assert set(parity) == set(run.built.artifact.manifest.components)
+    for component, errors in parity.items():
+        assert set(errors) == set(BACKENDS), component
+        assert max(errors.values()) <= COMPONENT, component
+
+
+def test_tensor_names_are_those_other_tools_expect(run, pytestconfig):
+    """Pinned: optimum's exports have these names."""
+    family = run.case.family
+    found = {
+        name: {"inputs": [s.name for s in record.inputs], "outputs": [s.name for s in record.outputs]}
+        for name, record in run.built.artifact.manifest.components.items()
+    }
+    golden = json.loads(GOLDEN.read_text())
+    if run.case is not next(c for c in tiny.CASES.values() if c.family == family):
+        return  # variants of a family differ in optional inputs
+    if pytestconfig.getoption("--update-golden"):
+        GOLDEN.write_text(json.dumps({**golden, family: found}, indent=1) + "\n")
+    assert found == json.loads(GOLDEN.read_text())[family]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPTS], ids=["alone", "batch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_latents_decode_and_picture_equal_diffusers(run, backend, prompt):
+    found = run.figures(run.built.pipeline(backend), prompt)
+    assert passes(found), found
+
+
+def guidance_plus_5_percent(run, pipeline, monkeypatch):
+    return {"guidance_scale": 1.05 * run.case.request["guidance_scale"]}
+
+
+def negative_dropped(run, pipeline, monkeypatch):
+    return {"negative_prompt": None}
+
+
+def vae_scale_plus_2_percent(run, pipeline, monkeypatch):
+    true = pipeline.sampler.unscale
+    monkeypatch.setattr(pipeline.sampler, "unscale", lambda latents: true(latents) * np.float32(1.02))
+    return {}
+
+
+def vae_shift(run, pipeline, monkeypatch):
+    true = pipeline.sampler.unscale
+    monkeypatch.setattr(pipeline.sampler, "unscale", lambda latents: true(latents) + np.float32(0.05))
+    return {}
+
+
+def timestep_off_by_one(run, pipeline, monkeypatch):
+    true = pipeline.sampler.model_feeds
+
+    def shifted(request, sample, timestep, branch):
+        return true(request, sample, np.float32(timestep - 1), branch)
+
+    monkeypatch.setattr(pipeline.sampler, "model_feeds", shifted)
+    return {}
+
+
+def default_shift(run, pipeline, monkeypatch):
+    config = pipeline.sampler.scheduler_config
+    values = {"shift": 1.0, "base_shift": 0.5, "max_shift": 1.15, "shift_terminal": None, "use_dynamic_shifting": False}
+    monkeypatch.setattr(pipeline.sampler, "scheduler_config", config.replace(**values))
+    return {}
+
+
+def swapped_encoders(run, pipeline, monkeypatch):
+    loaded = pipeline.engines.loaded
+    one, two = sorted(n for n in loaded if n.startswith("text_encoder"))[:2]
+    monkeypatch.setitem(loaded, one, loaded[two])
+    monkeypatch.setitem(loaded, two, loaded[one])
+    return {}
+
+
+def wrong_padding(run, pipeline, monkeypatch):
+    for tokenizer in tokenizers(pipeline):
+        monkeypatch.setattr(tokenizer, "pad", 5 if tokenizer.pad != 5 else 6)
+    return {}
+
+
+def tokenizers(pipeline):
+    from intaglio.runtimes.text import PromptTokenizer
+
+    values = list(vars(pipeline.sampler).values())
+    values += [t for v in values if isinstance(v, dict) for t in v.values()]
+    return [v for v in values if isinstance(v, PromptTokenizer)]
+
+
+MISTAKES = {
+    "guidance +5 %": (guidance_plus_5_percent, lambda run: run.case.request.get("guidance_scale", 0) > 1),
+    "negative dropped": (negative_dropped, lambda run: run.case.request.get("negative_prompt")),
+    "VAE scale +2 %": (vae_scale_plus_2_percent, lambda run: True),
+    "VAE shift": (vae_shift, lambda run: True),
+    "timestep off by one": (timestep_off_by_one, lambda run: True),
+    "default shift": (default_shift, lambda run: "FlowMatch" in type(run.built.theirs.scheduler).__name__),
+    "swapped encoders": (swapped_encoders, lambda run: "text_encoder_2" in run.built.artifact.manifest.components),
+    "wrong padding": (wrong_padding, lambda run: not run.case.drops_padding),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_tolerances_catch(run, monkeypatch, mistake):
+    make, applies = MISTAKES[mistake]
+    if not applies(run):
+        return  # this case has no guidance, no second encoder, …
+    pipeline = run.built.pipeline("onnxruntime")
+    try:
+        changes = make(run, pipeline, monkeypatch)
+        found = run.figures(pipeline, PROMPT, **changes)
+    except (UsageError, KeyError):  # an encoder of another width or with other outputs does not even fit
+        return
+    assert not passes(found), found
+
+
+def test_the_tolerances_catch_the_other_prompts_embedding(run, monkeypatch):
+    pipeline = run.built.pipeline("onnxruntime")
+    result = run.ask(pipeline, PROMPTS[::-1])
+    assert relative_l2(result.latents, run.answer(PROMPTS).latents) > LATENTS
