@@ -111,8 +111,8 @@ class Inversions:
         if not self.rows(POOLED) or configs[POOLED].get("eos_token_id") != LEGACY_END:
             return []
         return [
-            f"{POOLED} takes its pooled state at the largest id (eos_token_id {LEGACY_END} in its config.json), which is "
-            "an added token where a prompt has one, as in diffusers"
+            f"{POOLED} takes its pooled state at the largest id (eos_token_id {LEGACY_END} in its config.json), "
+            "which is an added token where a prompt has one, as in diffusers"
         ]
 
     def provenance(self) -> list[dict[str, Any]]:

@@ -108,6 +108,26 @@ def cli_build(tiny_checkpoint, tiny_artifact, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def built_case(tmp_path_factory):
+    """A case of ``tiny.CASES`` by name, built for ONNX Runtime and OpenVINO once a session; see ``families.Built``."""
+    import tiny
+    from families import Built, artifact_key
+
+    held = {}
+
+    def made(name):
+        case = tiny.CASES[name]
+        key = artifact_key(case)
+        if key not in held:
+            held[key] = Built(case, tmp_path_factory.mktemp("family"), ("openvino",), {})
+        return held[key]
+
+    yield made
+    for built in held.values():
+        built.close()
+
+
+@pytest.fixture(scope="session")
 def tiny_artifact_tensorrt(tiny_checkpoint, tmp_path_factory):
     """The same with plans for the GPU in this machine; only asked for where there is one."""
     from intaglio.exporters.build import build

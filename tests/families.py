@@ -58,8 +58,13 @@ class Built:
         self.artifact: Artifact = build(
             self.checkpoint, folder / "built", targets=targets, options={**family, **options}, force=True
         )
-        self.theirs = diffusers_pipeline(case, self.checkpoint)
+        self.case = case
         self.loaded: dict[str, Pipeline] = {}
+
+    @functools.cached_property
+    def theirs(self) -> Any:
+        """Diffusers' own pipeline."""
+        return diffusers_pipeline(self.case, self.checkpoint)
 
     def parity(self) -> dict[str, dict[str, float]]:
         """Relative L2 of every component to torch at two untraced shapes, by backend."""

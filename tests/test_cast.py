@@ -217,7 +217,7 @@ def test_what_the_cast_cannot_see_through_is_refused():
 def test_every_component_of_a_real_graph_is_near_float32(component, tiny_artifact_int8, tmp_path):
     record = tiny_artifact_int8.manifest.components[component]
     contract = tiny_artifact_int8.manifest.contract[component]
-    feeds = random_feeds(record.inputs, {"batch": 2, "height": 64, "width": 72, "tokens": 16})
+    feeds = random_feeds(record.inputs, {"batch": 2, "height": 64, "width": 72, "tokens": 16, "context_tokens": 16})
     path = tiny_artifact_int8.component(component) / "model.onnx"
     wanted = session(path).run(None, feeds)
     graph = ir.load(path)

@@ -25,15 +25,15 @@ def cached(tiny_checkpoint, monkeypatch, tmp_path):
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     repository = cache / "models--someone--tiny"
+    (repository / "blobs").mkdir(parents=True)
+    files = sorted(p for p in tiny_checkpoint.rglob("*") if p.is_file())
+    for number, file in enumerate(files):
+        shutil.copyfile(file, repository / "blobs" / f"{number:040x}")
     for revision, commit in COMMITS.items():
-        blobs, snapshot = repository / "blobs", repository / "snapshots" / commit
-        for file in (p for p in tiny_checkpoint.rglob("*") if p.is_file()):
-            blob, link = blobs / f"{len(list(blobs.glob('*'))) if blobs.exists() else 0:040x}", snapshot
-            link = snapshot / file.relative_to(tiny_checkpoint)
-            blobs.mkdir(parents=True, exist_ok=True)
+        for number, file in enumerate(files):
+            link = repository / "snapshots" / commit / file.relative_to(tiny_checkpoint)
             link.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, blob)
-            link.symlink_to(blob)
+            link.symlink_to(repository / "blobs" / f"{number:040x}")
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(commit)
     return cache

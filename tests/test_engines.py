@@ -9,7 +9,7 @@ from intaglio.exporters.parity import random_feeds, relative_error
 from intaglio.profiles.errors import ArtifactError, ToolError, UsageError
 from intaglio.runtimes.engine import ENGINES, EngineOptions, load_engine
 
-SIZES = {"batch": 2, "height": 64, "width": 72, "tokens": 16}
+SIZES = {"batch": 2, "height": 64, "width": 72, "tokens": 16, "context_tokens": 16}
 EXACT = 2e-5  # relative L2 to torch in fp32; measured at most 2.9e-6
 COMPUTING = [name for name in ENGINES if name not in ("null", "tensorrt")]
 

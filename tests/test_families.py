@@ -18,9 +18,7 @@ from families import (
     LATENTS,
     PROMPT,
     PROMPTS,
-    Built,
     Run,
-    artifact_key,
     by_artifact,
     core_cases,
     passes,
@@ -40,24 +38,8 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="module")
-def latest():
-    """The artifact that is in use, so that cases of one artifact share it."""
-    holder = {}
-    yield holder
-    for built in holder.values():
-        built.close()
-
-
-@pytest.fixture(scope="module")
-def run(request, latest, tmp_path_factory):
-    case = tiny.CASES[request.param]
-    key = artifact_key(case)
-    if key not in latest:
-        for built in latest.values():
-            built.close()
-        latest.clear()
-        latest[key] = Built(case, tmp_path_factory.mktemp("family"), ("openvino",), {})
-    return Run(case, latest[key])
+def run(request, built_case):
+    return Run(tiny.CASES[request.param], built_case(request.param))
 
 
 def test_every_family_has_a_case():

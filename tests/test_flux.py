@@ -12,9 +12,8 @@ import pytest
 import tiny_flux
 import torch
 from accelerate import init_empty_weights
-from cases import HEIGHT, WIDTH, diffusers_answer, diffusers_pipeline
+from cases import HEIGHT, WIDTH, diffusers_answer
 
-from intaglio.exporters.build import build
 from intaglio.exporters.capture import match_parameters
 from intaglio.exporters.checkpoint import open_checkpoint
 from intaglio.exporters.flux import EXPORTER, rotary_table, time_table
@@ -23,7 +22,6 @@ from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.family import load_family
 from intaglio.runtimes.fidelity import relative_l2
 from intaglio.runtimes.flux import image_ids, pack, unpack
-from intaglio.runtimes.pipeline import load
 
 LATENTS = 1e-5  # relative L2 to diffusers; measured 4e-7
 ROTARY = 2e-5  # absolute, cos and sin at ids up to 256; measured 1.3e-5
@@ -33,8 +31,8 @@ CASE = tiny_flux.CASES["flux dev true guidance"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_flux.flux(tmp_path_factory.mktemp("flux") / "dev")
+def checkpoint(built_case):
+    return built_case("flux dev").checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +41,13 @@ def schnell(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(checkpoint):
-    loaded = load(build(checkpoint, checkpoint.parent / "built"))
-    yield loaded
-    loaded.close()
+def pipeline(built_case):
+    return built_case("flux dev").pipeline("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoint):
-    return diffusers_pipeline(CASE, checkpoint)
+def theirs(built_case):
+    return built_case("flux dev").theirs
 
 
 def ask(pipeline, prompt=PROMPT, **changes):

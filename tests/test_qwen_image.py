@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_qwen_image
 import torch
-from cases import diffusers_answer, diffusers_pipeline
+from cases import diffusers_answer
 from safetensors.numpy import load_file, save_file
 
 from intaglio.exporters.build import build
@@ -24,7 +24,6 @@ from intaglio.exporters.qwen_image_vae import wrap_decoder, wrap_encoder
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.family import load_family
 from intaglio.runtimes.fidelity import relative_l2
-from intaglio.runtimes.pipeline import load
 from intaglio.runtimes.qwen_image import image_ids, text_ids
 from intaglio.runtimes.text import PromptTruncated
 
@@ -37,21 +36,18 @@ SIZES = ((6, 4), (5, 7), (1, 3), (8, 8))  # rows and columns of tokens, even and
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_qwen_image.qwen_image(tmp_path_factory.mktemp("qwen_image") / "checkpoint")
+def checkpoint(built_case):
+    return built_case("qwen_image").checkpoint
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoint):
-    return diffusers_pipeline(CASE, checkpoint)
+def theirs(built_case):
+    return built_case("qwen_image").theirs
 
 
 @pytest.fixture(scope="module")
-def pipeline(checkpoint, tmp_path_factory):
-    built = build(checkpoint, tmp_path_factory.mktemp("qwen_image") / "built")
-    loaded = load(built)
-    yield loaded
-    loaded.close()
+def pipeline(built_case):
+    return built_case("qwen_image").pipeline("onnxruntime")
 
 
 def ask(pipeline, prompt, **changes):

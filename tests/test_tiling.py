@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ CLOSE = 30.0  # dB of the tiled to the whole picture of the embedded checkpoint 
 def test_tiles_cover_a_side_overlap_and_have_one_size(length):
     positions = starts(length, 64)
     assert positions[0] == 0 and positions[-1] + 64 == length
-    assert all(64 - (b - a) >= 64 * OVERLAP - 1 for a, b in zip(positions, positions[1:], strict=False))
+    assert all(64 - (b - a) >= 64 * OVERLAP - 1 for a, b in itertools.pairwise(positions))
 
 
 def test_weights_of_neighbours_add_up_smoothly():

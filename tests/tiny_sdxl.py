@@ -153,13 +153,6 @@ GUIDED = {"guidance_scale": 5.0, "negative_prompt": "a blue car"}
 REFINED = {**GUIDED, "strength": 0.75}
 CASES = {
     "sdxl": Case(family="sdxl", checkpoint=base, pipeline="StableDiffusionXLPipeline", request=GUIDED, theirs=GUIDED),
-    "sdxl image-to-image": Case(
-        family="sdxl",
-        checkpoint=base,
-        pipeline="StableDiffusionXLImg2ImgPipeline",
-        request={**REFINED, "images": (picture(),)},
-        theirs={**REFINED, "image": picture()},
-    ),
     "sdxl turbo": Case(
         family="sdxl",
         checkpoint=turbo,
