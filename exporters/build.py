@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from intaglio import __version__
+from intaglio.exporters import additions
 from intaglio.exporters.capture import capture
 from intaglio.exporters.checkpoint import Checkpoint, Weights, open_checkpoint, source_digests, write_config
-from intaglio.exporters.checkpoint_index import digest_of, family_options, remember
+from intaglio.exporters.checkpoint_index import digest_of, family_options, remember, remember_files
 from intaglio.exporters.component import Component, FamilyExporter, family_of
 from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
 from intaglio.exporters.lowering import TARGETS, Job, Lowered, lowering
@@ -59,28 +60,35 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     *,
     targets: Sequence[str] = ("onnx",),
     quant: Mapping[str, str] | None = None,
     dtype: Sequence[str] = (),
     options: Mapping[str, str] | None = None,
+    config: str | Path | None = None,
+    loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
 ) -> Plan:
     """Check a build's inputs.
 
     Args:
-        checkpoint: diffusers folder or the name of an embedded checkpoint.
+        checkpoint: see `open_checkpoint`.
         targets: of TARGETS; ``onnx`` is always among them, the others are lowered from it.
         quant: component (or ``*``) to format.
         dtype: ``fp16``, ``bf16`` or ``fp32`` to compute in, or ``target=fp16``; the contracts' islands are obeyed.
         options: ``target.key`` or ``family.key`` to value.
+        config: diffusers folder whose configuration fits, for a single file that none of ours fits.
+        loras: ``PATH[:WEIGHT]`` of LoRAs to fuse, in order.
+        embeddings: ``PATH[:TOKEN]`` of textual inversions to add, in order.
 
     Raises:
         ToolError: the first thing that cannot work.
     """
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, config=config, options=options)
     exporter, profile = family_of(opened)
     opened = dataclasses.replace(opened, options=family_options(options or {}, profile.name))
+    opened = additions.with_additions(opened, exporter.components(opened), loras, embeddings)
     components = exporter.components(opened)
     chosen = tuple(dict.fromkeys(("onnx", *targets)))
     for target in chosen:
@@ -88,7 +96,8 @@ def make_plan(
     recipe = expand_recipe(quant or {}, tuple(c.name for c in components))
     contracts = {c.name: profile.contract.get(c.name, Contract()) for c in components}
     dtypes, notes = compute_dtypes(contracts, chosen, parse_dtypes(dtype, chosen))
-    remarks = [*check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen)), *notes, *undone(opened)]
+    remarks = [*check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen)), *notes, *undone(opened), *opened.remarks]
+    remarks += opened.inversions.remarks({c.source: opened.config(c.source) for c in components})
     plan = Plan(
         checkpoint=opened,
         exporter=exporter,
@@ -127,20 +136,23 @@ def check_options(plan: Plan) -> None:
     allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
     allowed += [f"{plan.profile.name}.{o}" for o in plan.exporter.options]
     for key in plan.options:
-        if key not in allowed:
+        if key not in allowed and not key.startswith("checkpoint."):  # those were checked when it was opened
             raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed) or 'none for these targets'}")
     for target in plan.targets:
         lowering(target).check(plan.target_options(target))
 
 
 def build(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     output: str | Path,
     *,
     targets: Sequence[str] = ("onnx",),
     quant: Mapping[str, str] | None = None,
     dtype: Sequence[str] = (),
     options: Mapping[str, str] | None = None,
+    config: str | Path | None = None,
+    loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
     force: bool = False,
 ) -> Artifact:
     """Build an artifact at `output`; arguments as for `make_plan`.
@@ -150,18 +162,28 @@ def build(
     Raises:
         ToolError: an input is wrong, a target refuses the graph, or the result differs from the reference.
     """
-    plan = make_plan(checkpoint, targets=targets, quant=quant, dtype=dtype, options=options)
+    plan = make_plan(
+        checkpoint,
+        targets=targets,
+        quant=quant,
+        dtype=dtype,
+        options=options,
+        loras=loras,
+        embeddings=embeddings,
+    )
     target, total = Path(output), len(plan.components) * (len(plan.targets) + 2) + 1 + bool(audited(plan))
     with writing(target, force=force) as folder, Stages(total) as stages:
         with stages.stage("hash checkpoint"):
             sources = source_digests(plan.checkpoint)
         plan.exporter.copy_files(plan.checkpoint, folder)
+        plan.checkpoint.inversions.extend_tokenizers(folder)
         records, engines = {}, {}
         for component in plan.components:
             records[component.name], lowered = build_component(plan, component, folder, stages)
             engines.update(lowered.engines)
         manifest = draft_manifest(plan, records, engines, sources)
         remember(plan.checkpoint, digest_of(sources))
+        remember_files(additions.files(plan.checkpoint))
         draft = Artifact(folder=folder, manifest=manifest)
         parity = check_all(plan, draft, stages)
         peaks = check_ranges(plan, draft, stages)
@@ -289,6 +311,7 @@ def draft_manifest(
             "pipeline": plan.checkpoint.pipeline_class,
             "digest": digest_of(sources),
             "sources": sources,
+            **additions.provenance(plan.checkpoint),
             "options": dict(plan.options),
             "intaglio": __version__,
             "tools": {name: importlib.metadata.version(name) for name in TOOLS},

@@ -15,7 +15,9 @@ from intaglio.exporters.config_files import read_json
 from intaglio.exporters.config_files import write_config as write_config
 from intaglio.exporters.hub import cached_folder, is_repository
 from intaglio.exporters.licence import licence_of
+from intaglio.exporters.lora import Loras
 from intaglio.exporters.single_file_layouts import UNQUANTIZED, refuse_quantized
+from intaglio.exporters.textual_inversion import Inversions
 from intaglio.exporters.weights import PICKLES, read_header, read_metadata, weight_files
 from intaglio.exporters.weights import WEIGHT_FILES as WEIGHT_FILES
 from intaglio.exporters.weights import Parameter as Parameter
@@ -42,6 +44,7 @@ class Checkpoint:
         index: ``model_index.json``.
         options: the family's build options.
         single: the file that holds the weights, if one does.
+        loras, inversions: what a build adds; `weights` and `config` have it.
     """
 
     folder: Path
@@ -49,6 +52,8 @@ class Checkpoint:
     index: Mapping[str, Any]
     options: Mapping[str, str] = field(default_factory=dict)
     single: SingleFile | None = None
+    loras: Loras = field(default_factory=Loras)
+    inversions: Inversions = field(default_factory=Inversions)
 
     @property
     def pipeline_class(self) -> str:
@@ -84,24 +89,27 @@ class Checkpoint:
             CheckpointError: it is missing or not JSON.
         """
         self._check_part(part)
-        return read_json(self.folder / part / file)
+        found = read_json(self.folder / part / file)
+        return self.inversions.config(part, found) if file == "config.json" else found
 
-    def weights(self, part: str, *, prefix: str = "") -> Weights:
-        """The safetensors files of a component.
+    def weights(self, part: str) -> Weights:
+        """The parameters of a component, with what a build adds to them.
 
         Raises:
             CheckpointError: they are missing, incomplete or a pickle.
             Unsupported: they are quantized already.
         """
-        if self.single is not None:
-            return self.single.parts[part].below(prefix)
+        stored = self._stored(part) if self.single is None else self.single.parts[part]
+        return self.inversions.apply(part, self.loras.apply(part, stored))
+
+    def _stored(self, part: str) -> Weights:
         self._check_part(part)
         configuration = self.folder / part / "config.json"
         quantized = read_json(configuration).get("quantization_config") if configuration.exists() else None
         if quantized is not None:
             method = dict(quantized).get("quant_method", "a quantization_config")
             raise Unsupported(f"{configuration} says that its weights are quantized already ({method}); {UNQUANTIZED}")
-        weights = Weights(files=weight_files(self.folder / part), prefix=prefix)
+        weights = Weights(files=weight_files(self.folder / part))
         for file in weights.files:
             refuse_quantized(file, read_header(file))
         return weights

@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from intaglio.exporters.additions import found_again
 from intaglio.exporters.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, source_digests
+from intaglio.exporters.component import family_of
 from intaglio.exporters.hub import cached_folder, is_repository
 from intaglio.profiles.errors import CheckpointError
 
@@ -47,15 +49,24 @@ def known_place(digest: str) -> tuple[str | None, str | None]:
 
 def remember(checkpoint: Checkpoint, digest: str) -> None:
     """Note where a checkpoint lies. A cache that cannot be written is no reason to fail a build."""
+    _write({digest: _place(checkpoint)})
+
+
+def _write(entries: Mapping[str, Any]) -> None:
     file = index_file()
     try:
-        known = {**_known(), digest: _place(checkpoint)}
+        known = {**_known(), **entries}
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(known, indent=1))
         os.replace(temporary, file)
     except OSError:
         return
+
+
+def remember_files(files: Mapping[str, Path]) -> None:
+    """Note where LoRAs and textual inversions lie, by digest."""
+    _write({digest: str(path.absolute()) for digest, path in files.items()})
 
 
 def _place(checkpoint: Checkpoint) -> str | list[str]:
@@ -81,7 +92,11 @@ def find_checkpoint(provenance: Mapping[str, Any], given: str = "") -> Checkpoin
             f"{checkpoint.location} is not the checkpoint this artifact was built from, or it changed since; "
             "build the artifact again or add --checkpoint FOLDER"
         )
-    return replace(checkpoint, options=family_options(provenance["options"], provenance["family"]))
+    checkpoint = replace(checkpoint, options=family_options(provenance["options"], provenance["family"]))
+    if not provenance.get("loras") and not provenance.get("embeddings"):
+        return checkpoint
+    exporter, _ = family_of(checkpoint)
+    return found_again(checkpoint, exporter.components(checkpoint), provenance, _known())
 
 
 def _cached(name: str) -> str | None:

@@ -26,7 +26,9 @@ EXPORT_MODULES = (
 
 def configure_build(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio build``."""
-    parser.add_argument("checkpoint", help="a diffusers pipeline folder with safetensors, or 'emoji'")
+    parser.add_argument(
+        "checkpoint", help="a diffusers folder, a .safetensors file, ORG/NAME in HF's cache, or 'emoji'"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="ARTIFACT", help="folder to write")
     parser.add_argument("--target", action="append", default=[], help="onnx (always), openvino, tensorrt; repeatable")
     parser.add_argument(
@@ -37,6 +39,23 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", action="append", default=[], metavar="[TARGET=]DTYPE[,…]", help="compute in fp16, bf16 or fp32"
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="a LoRA to fuse into the weights; repeatable",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="PATH[:TOKEN]",
+        help="a textual inversion to add; repeatable",
+    )
+    parser.add_argument(
+        "--config", metavar="FOLDER", help="for a single file: a diffusers folder whose configuration fits"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -76,7 +95,10 @@ def run_build(args: argparse.Namespace) -> int:
         targets=args.target,
         quant=parse_quant(args.quant),
         dtype=args.dtype,
+        config=args.config,
         options=parse_assignments(args.set),
+        loras=args.lora,
+        embeddings=args.embedding,
         force=args.force,
     )
     log = json.loads((artifact.folder / "build.json").read_text())

@@ -14,6 +14,7 @@ import numpy as np
 
 from intaglio.exporters.checkpoint_index import find_checkpoint
 from intaglio.exporters.component import family_of
+from intaglio.exporters.lora import fuse_module
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.profiles.registry import need
@@ -48,7 +49,10 @@ class TorchEngine:
         exporter, _ = family_of(checkpoint)
         component = next(c for c in exporter.components(checkpoint) if c.name == name)
         with no_progress_bar():
-            module = component.wrap(component.reference(checkpoint))
+            model = component.reference(checkpoint)
+            checkpoint.inversions.extend_model(component.source, model)
+            module = component.wrap(model)
+        fuse_module(module, component, checkpoint.weights(component.source))
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for parameter, value in decoded_weights(artifact, name):

@@ -148,7 +148,7 @@ NOT_CHECKPOINTS = {
     "model.ckpt": ["model.ckpt is a pickle (.ckpt)", "convert it to safetensors"],
     "model.pt": ["model.pt is a pickle (.pt)", "convert it to safetensors"],
     "model.bin": ["model.bin is a pickle (.bin)", "convert it to safetensors"],
-    "model.safetensors": ["model.safetensors is not a folder"],
+    "model.safetensors": ["model.safetensors is"],
 }
 
 
@@ -306,7 +306,7 @@ GENERATE_ARGUMENTS = {
     ("--count", "0"): ["count 0", "1 or more"],
     ("--count=-1",): ["count -1", "1 or more"],
     ("--count", "9"): ["count 9", "batch of 18", "allows 16", "fewer"],
-    ("--count", "17", "--guidance", "1"): ["count 17", "allows 16"],
+    ("--count", "17", "--guidance", "1"): ["17 pictures", "allows 16"],
     ("--seed=-1",): ["seed -1", "0 to 2**64 - 1"],
     ("--seed", str(2**64)): [str(2**64), "0 to 2**64 - 1"],
     ("--guidance", "nan"): ["guidance nan", "finite"],

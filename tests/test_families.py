@@ -121,6 +121,10 @@ def swapped_encoders(run, pipeline, monkeypatch):
     return {}
 
 
+def has_two_encoders(run):
+    return {"text_encoder", "text_encoder_2"} <= run.built.artifact.manifest.components.keys()
+
+
 def wrong_padding(run, pipeline, monkeypatch):
     for tokenizer in tokenizers(pipeline):
         monkeypatch.setattr(tokenizer, "pad", 5 if tokenizer.pad != 5 else 6)
@@ -142,7 +146,7 @@ MISTAKES = {
     "VAE shift": (vae_shift, lambda run: True),
     "timestep off by one": (timestep_off_by_one, lambda run: True),
     "default shift": (default_shift, lambda run: "FlowMatch" in type(run.built.theirs.scheduler).__name__),
-    "swapped encoders": (swapped_encoders, lambda run: "text_encoder_2" in run.built.artifact.manifest.components),
+    "swapped encoders": (swapped_encoders, has_two_encoders),
     "wrong padding": (wrong_padding, lambda run: not run.case.drops_padding),
 }
 

@@ -48,9 +48,9 @@ def test_large_pictures_are_tiled_above_the_budget_and_it_is_said(emoji_artifact
     options = {"num_inference_steps": 1, "height": 256, "width": 256, "seed": 3}
     whole = pipeline("red heart", **options)
     assert "vae_tiles" not in whole.parameters
-    with pytest.warns(VaeTiled, match=r"decoded in 4 tiles of 128 pixels.*--set vae_memory="):
+    with pytest.warns(VaeTiled, match=r"decoded in 9 tiles of 128 pixels.*--set vae_memory="):
         tiled = tile_small(pipeline, options)
-    assert tiled.parameters["vae_tiles"] == 4
+    assert tiled.parameters["vae_tiles"] == 9
     assert psnr(np.asarray(tiled.images[0]), np.asarray(whole.images[0])) >= CLOSE
 
 
