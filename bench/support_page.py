@@ -55,8 +55,7 @@ def family_rows() -> list[str]:
         first = f"| `{name}` | {', '.join(profile.pipelines)} "
         for component, contract in profile.contract.items():
             allowed = ", ".join(SHORT[d] for d in contract.allowed)
-            islands = [*contract.float32_ops, *(f"{op} (fp16)" for op in contract.float32_ops_in_float16)]
-            islands += [f"`{pattern}`" for pattern in contract.float32_parameters]
+            islands = [*contract.float32_ops, *(f"`{pattern}`" for pattern in contract.float32_parameters)]
             rows.append(f"{first}| `{component}` | {SHORT[contract.dtype]} | {allowed} | {', '.join(islands) or '-'} |")
             first = "| | "
     return rows

@@ -1,4 +1,4 @@
-"""What a build adds to a checkpoint: LoRAs and textual inversions, and how the torch reference finds them again."""
+"""What a build adds to a checkpoint, LoRAs, textual inversions, a tiny VAE, and how the torch reference finds it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,31 @@ from intaglio.profiles.errors import CheckpointError
 if TYPE_CHECKING:
     from intaglio.exporters.checkpoint import Checkpoint
     from intaglio.exporters.component import Component
+    from intaglio.exporters.preview_vae import PreviewVae
+
+KINDS = ("loras", "embeddings", "preview_vae")  # keys of the manifest's provenance
 
 
 def with_additions(
-    checkpoint: Checkpoint, components: Sequence[Component], loras: Sequence[str], embeddings: Sequence[str]
+    checkpoint: Checkpoint,
+    components: Sequence[Component],
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    preview_vae: str | None = None,
 ) -> Checkpoint:
-    """The checkpoint with ``--lora`` and ``--embedding`` values added to what it says and holds.
+    """The checkpoint with ``--lora``, ``--embedding`` and ``--preview-vae`` added to what it says and holds.
 
     Raises:
         ToolError: a value is not allowed, or a file does not fit the checkpoint.
     """
-    return _added(checkpoint, components, [parse_lora(t) for t in loras], [parse_embedding(t) for t in embeddings])
+    added = _added(checkpoint, components, [parse_lora(t) for t in loras], [parse_embedding(t) for t in embeddings])
+    return added if preview_vae is None else replace(added, preview=_open_preview_vae(preview_vae))
+
+
+def _open_preview_vae(source: str) -> PreviewVae:
+    from intaglio.exporters.preview_vae import open_preview_vae  # which reads checkpoints, and they read this
+
+    return open_preview_vae(source)
 
 
 def _added(
@@ -47,14 +61,16 @@ def _added(
 
 def provenance(checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
     """What a manifest says of them: names and digests, no paths."""
-    stated = {"loras": checkpoint.loras.provenance(), "embeddings": checkpoint.inversions.provenance()}
-    return {name: entries for name, entries in stated.items() if entries}
+    preview = [] if checkpoint.preview is None else [checkpoint.preview.provenance()]
+    stated = (checkpoint.loras.provenance(), checkpoint.inversions.provenance(), preview)
+    return {name: entries for name, entries in zip(KINDS, stated, strict=True) if entries}
 
 
 def files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Digest to file, to be found again."""
-    loras = {file.digest: file.path for file in checkpoint.loras.files}
-    return loras | {item.file.digest: item.file.path for item in checkpoint.inversions.items}
+    """Digest to file or folder, to be found again."""
+    known = {file.digest: file.path for file in checkpoint.loras.files}
+    known |= {item.file.digest: item.file.path for item in checkpoint.inversions.items}
+    return known if checkpoint.preview is None else {**known, checkpoint.preview.digest: checkpoint.preview.folder}
 
 
 def found_again(
@@ -74,15 +90,18 @@ def found_again(
 
     def place(entry: Mapping[str, Any]) -> str:
         path = known.get(entry["sha256"])
-        if not isinstance(path, str) or not Path(path).is_file():
+        if not isinstance(path, str) or not Path(path).exists():
             raise CheckpointError(f"the torch backend needs {entry['file']}, which is not where it was at the build")
         return path
 
     loras = [replace(parse_lora(place(e)), weight=e["weight"]) for e in stated.get("loras", [])]
     inversions = [replace(parse_embedding(place(e)), token=e["token"]) for e in stated.get("embeddings", [])]
-    wanted = [e["sha256"] for e in (*stated.get("loras", []), *stated.get("embeddings", []))]
+    previews = [replace(_open_preview_vae(place(e)), name=e["file"]) for e in stated.get("preview_vae", [])]
+    wanted = [e["sha256"] for kind in KINDS for e in stated.get(kind, [])]
     found = [(f.digest, f.path) for f in loras] + [(f.digest, f.path) for f in inversions]
+    found += [(p.digest, p.folder) for p in previews]
     for digest, (now, path) in zip(wanted, found, strict=True):
         if now != digest:
             raise CheckpointError(f"{path} changed since the build; build the artifact again")
-    return _added(checkpoint, components, loras, inversions)
+    added = _added(checkpoint, components, loras, inversions)
+    return replace(added, preview=previews[0]) if previews else added

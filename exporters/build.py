@@ -19,6 +19,7 @@ from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
 from intaglio.exporters.lowering import TARGETS, Job, Lowered, lowering
 from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
+from intaglio.exporters.preview_vae import CONTRACTS, with_preview
 from intaglio.exporters.stages import Stages
 from intaglio.exporters.store import DATA, keep_stored_dtype, save_component, stored_tensors, weight_bindings
 from intaglio.profiles.artifact import Artifact, seal, writing
@@ -31,6 +32,7 @@ from intaglio.profiles.strict import to_dict
 from intaglio.quantize.formats import FORMATS, check_recipe
 from intaglio.quantize.rewrite import quantize_graph
 
+AUDIT_STEPS = "audit.steps"
 RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
@@ -55,8 +57,8 @@ class Plan:
         return {k.partition(".")[2]: v for k, v in self.options.items() if k.partition(".")[0] == target}
 
     def contract(self, component: str) -> Contract:
-        """Numerics of a component."""
-        return self.profile.contract.get(component, Contract())
+        """Numerics of a component of this checkpoint."""
+        return contracts_of(self.components, self.profile)[component]
 
 
 def make_plan(
@@ -69,6 +71,7 @@ def make_plan(
     config: str | Path | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    preview_vae: str | None = None,
 ) -> Plan:
     """Check a build's inputs.
 
@@ -76,11 +79,13 @@ def make_plan(
         checkpoint: see `open_checkpoint`.
         targets: of TARGETS; ``onnx`` is always among them, the others are lowered from it.
         quant: component (or ``*``) to format.
-        dtype: ``fp16``, ``bf16`` or ``fp32`` to compute in, or ``target=fp16``; the contracts' islands are obeyed.
+        dtype: ``fp16``, ``bf16`` or ``fp32`` to compute in, or ``target=fp16``, within the contracts; OpenVINO knows no
+            float32 islands, so that its fp16 is audited without them.
         options: ``target.key`` or ``family.key`` to value.
         config: diffusers folder whose configuration fits, for a single file that none of ours fits.
         loras: ``PATH[:WEIGHT]`` of LoRAs to fuse, in order.
         embeddings: ``PATH[:TOKEN]`` of textual inversions to add, in order.
+        preview_vae: folder of a diffusers AutoencoderTiny to export as a further decoder.
 
     Raises:
         ToolError: the first thing that cannot work.
@@ -88,13 +93,14 @@ def make_plan(
     opened = open_checkpoint(checkpoint, config=config, options=options)
     exporter, profile = family_of(opened)
     opened = dataclasses.replace(opened, options=family_options(options or {}, profile.name))
-    opened = additions.with_additions(opened, exporter.components(opened), loras, embeddings)
-    components = exporter.components(opened)
+    profile = dataclasses.replace(profile, contract={**CONTRACTS, **profile.contract})
+    opened = additions.with_additions(opened, exporter.components(opened), loras, embeddings, preview_vae)
+    components = with_preview(exporter.components(opened), opened, profile.name)
     chosen = tuple(dict.fromkeys(("onnx", *targets)))
     for target in chosen:
         pick(TARGETS, target, "target")
     recipe = expand_recipe(quant or {}, tuple(c.name for c in components))
-    contracts = {c.name: profile.contract.get(c.name, Contract()) for c in components}
+    contracts = contracts_of(components, profile)
     dtypes, notes = compute_dtypes(contracts, chosen, parse_dtypes(dtype, chosen))
     remarks = [*check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen)), *notes, *undone(opened), *opened.remarks]
     remarks += opened.inversions.remarks({c.source: opened.config(c.source) for c in components})
@@ -116,6 +122,11 @@ def make_plan(
     return plan
 
 
+def contracts_of(components: Sequence[Component], profile: Family) -> dict[str, Contract]:
+    """Numerics by component: the family's, as each component of this checkpoint takes them."""
+    return {c.name: c.contract(profile.contract.get(c.name, Contract())) for c in components}
+
+
 def expand_recipe(quant: Mapping[str, str], components: tuple[str, ...]) -> dict[str, str]:
     """Format per component; ``*`` stands for all of them.
 
@@ -135,6 +146,8 @@ def check_options(plan: Plan) -> None:
     """Every ``--set`` key belongs to the family or a target that is built, and every target can be built here."""
     allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
     allowed += [f"{plan.profile.name}.{o}" for o in plan.exporter.options]
+    allowed.append(AUDIT_STEPS)
+    audit_steps(plan.options)
     for key in plan.options:
         if key not in allowed and not key.startswith("checkpoint."):  # those were checked when it was opened
             raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed) or 'none for these targets'}")
@@ -153,6 +166,7 @@ def build(
     config: str | Path | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    preview_vae: str | None = None,
     force: bool = False,
 ) -> Artifact:
     """Build an artifact at `output`; arguments as for `make_plan`.
@@ -168,8 +182,10 @@ def build(
         quant=quant,
         dtype=dtype,
         options=options,
+        config=config,
         loras=loras,
         embeddings=embeddings,
+        preview_vae=preview_vae,
     )
     target, total = Path(output), len(plan.components) * (len(plan.targets) + 2) + 1 + bool(audited(plan))
     with writing(target, force=force) as folder, Stages(total) as stages:
@@ -262,8 +278,16 @@ def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[
 
 def audited(plan: Plan) -> dict[str, Contract]:
     """The components that some target computes in float16, with their contracts."""
-    names = {c for rows in plan.dtypes.values() for c, dtype in rows.items() if dtype == "float16"}
-    return {c.name: plan.contract(c.name) for c in plan.components if c.name in names}
+    found: dict[str, Contract] = {}
+    contracts = contracts_of(plan.components, plan.profile)
+    for target, rows in plan.dtypes.items():
+        for name in (n for n in contracts if rows[n] == "float16"):
+            contract = contracts[name]
+            if target == "openvino":  # its plugins know no islands: everything is float16
+                contract = dataclasses.replace(contract, float32_ops=(), float32_parameters=())
+            if target == "openvino" or name not in found:
+                found[name] = contract
+    return found
 
 
 def check_ranges(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:
@@ -277,17 +301,32 @@ def check_ranges(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, di
     contracts = audited(plan)
     if not contracts:
         return {}
-    with stages.stage("audit float16 ranges"):
-        audit = audit_ranges(artifact, contracts)
+    with stages.stage("audit float16 ranges") as facts:
+        facts["steps"] = steps = audit_steps(plan.options)
+        audit = audit_ranges(artifact, contracts, steps=steps)
         audit.check()
     return audit.to_json()
 
 
+def audit_steps(options: Mapping[str, str]) -> int | None:
+    """``--set audit.steps=N``: denoising steps of the audit; ``None`` for the artifact's own number.
+
+    Raises:
+        UsageError: it is not a whole number from 1.
+    """
+    text = options.get(AUDIT_STEPS)
+    if text is not None and not (text.isdecimal() and int(text) > 0):
+        raise UsageError(f"--set {AUDIT_STEPS}={text} is not allowed: a whole number, 1 or more")
+    return None if text is None else int(text)
+
+
 def undone(checkpoint: Checkpoint) -> list[str]:
     """Remarks on parts of the checkpoint that an artifact does not have."""
-    if checkpoint.component_class("safety_checker") is None:
-        return []
-    return ["the checkpoint's safety_checker is not exported: pictures are not filtered by it"]
+    remarks = {
+        "safety_checker": "the checkpoint's safety_checker is not exported: pictures are not filtered by it",
+        "image_encoder": "the checkpoint's image_encoder is not exported: IP-Adapters are not supported",
+    }
+    return [remark for part, remark in remarks.items() if checkpoint.component_class(part) is not None]
 
 
 def draft_manifest(

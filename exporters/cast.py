@@ -105,7 +105,7 @@ def cast_to_contract(model: ir.Model, dtype: str, contract: Contract, *, softmax
     return cast_graph(
         model,
         dtype,
-        contract.float32_operators(dtype),
+        contract.float32_ops,
         float32_parameters=contract.float32_parameters,
         softmax_attribute=softmax_attribute,
     )

@@ -5,7 +5,7 @@ A checkpoint is a diffusers pipeline folder, one of those in Hugging Face's cach
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from intaglio.exporters.config_files import read_json
 from intaglio.exporters.config_files import write_config as write_config
 from intaglio.exporters.hub import cached_folder, is_repository
+from intaglio.exporters.licence import FILES as LICENCE_FILES
 from intaglio.exporters.licence import licence_of
 from intaglio.exporters.lora import Loras
 from intaglio.exporters.single_file_layouts import UNQUANTIZED, refuse_quantized
@@ -27,9 +28,14 @@ from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.registry import suggestion
 
 if TYPE_CHECKING:
+    from intaglio.exporters.preview_vae import PreviewVae
     from intaglio.exporters.single_file import SingleFile
 
 SINGLE_FILES = (".safetensors", ".gguf")  # the second is refused by name
+PREVIEW = "vae_preview"  # the component that is not in the checkpoint's folder
+ROOT_FILES = ("model_index.json", "sampling_defaults.json", "README.md", *LICENCE_FILES)  # beside the parts' folders
+SMALL_FILES = (".json", ".txt", ".model", ".jinja")
+NOT_EXPORTED = ("safety_checker", "image_encoder", "feature_extractor")
 EMBEDDED = ("emoji",)  # checkpoints that ship with the package, by name
 LEAVE_OUT = {"text_encoder_3": "; to build without it add --set sd3.t5=false"}  # parts a pipeline can go without
 
@@ -44,7 +50,7 @@ class Checkpoint:
         index: ``model_index.json``.
         options: the family's build options.
         single: the file that holds the weights, if one does.
-        loras, inversions: what a build adds; `weights` and `config` have it.
+        loras, inversions, preview: what a build adds; `weights` and `config` have it.
     """
 
     folder: Path
@@ -54,6 +60,7 @@ class Checkpoint:
     single: SingleFile | None = None
     loras: Loras = field(default_factory=Loras)
     inversions: Inversions = field(default_factory=Inversions)
+    preview: PreviewVae | None = None
 
     @property
     def pipeline_class(self) -> str:
@@ -88,6 +95,8 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing or not JSON.
         """
+        if part == PREVIEW and self.preview is not None:
+            return self.preview.config()
         self._check_part(part)
         found = read_json(self.folder / part / file)
         return self.inversions.config(part, found) if file == "config.json" else found
@@ -99,20 +108,14 @@ class Checkpoint:
             CheckpointError: they are missing, incomplete or a pickle.
             Unsupported: they are quantized already.
         """
+        if part == PREVIEW and self.preview is not None:
+            return self.preview.weights()
         stored = self._stored(part) if self.single is None else self.single.parts[part]
         return self.inversions.apply(part, self.loras.apply(part, stored))
 
     def _stored(self, part: str) -> Weights:
         self._check_part(part)
-        configuration = self.folder / part / "config.json"
-        quantized = read_json(configuration).get("quantization_config") if configuration.exists() else None
-        if quantized is not None:
-            method = dict(quantized).get("quant_method", "a quantization_config")
-            raise Unsupported(f"{configuration} says that its weights are quantized already ({method}); {UNQUANTIZED}")
-        weights = Weights(files=weight_files(self.folder / part))
-        for file in weights.files:
-            refuse_quantized(file, read_header(file))
-        return weights
+        return stored_weights(self.folder / part)
 
     def _check_part(self, part: str) -> None:
         kind = self.component_class(part)
@@ -121,6 +124,24 @@ class Checkpoint:
                 f"{self.folder / 'model_index.json'} names {part} ({kind}), but {self.folder / part} is missing; "
                 f"the checkpoint is incomplete, fetch it again{LEAVE_OUT.get(part, '')}"
             )
+
+
+def stored_weights(folder: Path) -> Weights:
+    """The parameters of a model's folder.
+
+    Raises:
+        CheckpointError: they are missing, incomplete or a pickle.
+        Unsupported: they are quantized already.
+    """
+    configuration = folder / "config.json"
+    quantized = read_json(configuration).get("quantization_config") if configuration.exists() else None
+    if quantized is not None:
+        method = dict(quantized).get("quant_method", "a quantization_config")
+        raise Unsupported(f"{configuration} says that its weights are quantized already ({method}); {UNQUANTIZED}")
+    weights = Weights(files=weight_files(folder))
+    for file in weights.files:
+        refuse_quantized(file, read_header(file))
+    return weights
 
 
 def open_checkpoint(
@@ -190,11 +211,24 @@ def embedded_folder(name: str) -> Path:
 
 
 def source_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """sha256 of every file the build may read, by a relative path that does not depend on where it lies."""
+    """sha256 of every file the build may read, by a relative path that does not depend on where it lies.
+
+    A repository's other files (a single-file copy of the same weights, a second precision, parts that are not
+    exported) are not read, and do not count.
+    """
     if checkpoint.single is not None:
         names = checkpoint.single.sources()
     else:
-        folder, suffixes = checkpoint.folder, (".safetensors", ".json", ".txt", ".model", ".jinja")
-        wanted = [p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file()]
-        names = {p.relative_to(folder).as_posix(): p for p in wanted}
+        names = {p.relative_to(checkpoint.folder).as_posix(): p for p in _files_read(checkpoint)}
     return {name: sha256(names[name]) for name in sorted(names)}
+
+
+def _files_read(checkpoint: Checkpoint) -> Iterator[Path]:
+    yield from (p for p in checkpoint.folder.iterdir() if p.is_file() and p.name in ROOT_FILES)
+    for part in checkpoint.index:
+        folder = checkpoint.folder / part
+        if part in NOT_EXPORTED or checkpoint.component_class(part) is None or not folder.is_dir():
+            continue
+        yield from (p for p in folder.rglob("*") if p.is_file() and p.suffix in SMALL_FILES)
+        if any(folder.glob("*.safetensors")):
+            yield from weight_files(folder)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from intaglio.exporters.additions import found_again
+from intaglio.exporters.additions import KINDS, found_again
 from intaglio.exporters.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, source_digests
 from intaglio.exporters.component import family_of
 from intaglio.exporters.hub import cached_folder, is_repository
@@ -65,7 +65,7 @@ def _write(entries: Mapping[str, Any]) -> None:
 
 
 def remember_files(files: Mapping[str, Path]) -> None:
-    """Note where LoRAs and textual inversions lie, by digest."""
+    """Note where LoRAs, textual inversions and tiny VAEs lie, by digest."""
     _write({digest: str(path.absolute()) for digest, path in files.items()})
 
 
@@ -93,7 +93,7 @@ def find_checkpoint(provenance: Mapping[str, Any], given: str = "") -> Checkpoin
             "build the artifact again or add --checkpoint FOLDER"
         )
     checkpoint = replace(checkpoint, options=family_options(provenance["options"], provenance["family"]))
-    if not provenance.get("loras") and not provenance.get("embeddings"):
+    if not any(provenance.get(kind) for kind in KINDS):
         return checkpoint
     exporter, _ = family_of(checkpoint)
     return found_again(checkpoint, exporter.components(checkpoint), provenance, _known())

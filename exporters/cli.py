@@ -55,6 +55,9 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
         help="a textual inversion to add; repeatable",
     )
     parser.add_argument(
+        "--preview-vae", metavar="FOLDER", help="a diffusers AutoencoderTiny (taesd, taef1, …) to add as a fast decoder"
+    )
+    parser.add_argument(
         "--config", metavar="FOLDER", help="for a single file: a diffusers folder whose configuration fits"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
@@ -99,6 +102,7 @@ def run_build(args: argparse.Namespace) -> int:
         options=parse_assignments(args.set),
         loras=args.lora,
         embeddings=args.embedding,
+        preview_vae=args.preview_vae,
         force=args.force,
     )
     log = json.loads((artifact.folder / "build.json").read_text())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from intaglio.profiles.errors import CheckpointError
-from intaglio.profiles.family import Family, load_family
+from intaglio.profiles.family import Contract, Family, load_family
 from intaglio.profiles.registry import resolve, suggestion
 from intaglio.profiles.spec import Range, TensorSpec
 
@@ -42,6 +42,7 @@ class Component:
         inputs, outputs: tensor facts, in call order; the module takes the inputs positionally.
         prefix: what the traceable module puts before the checkpoint's parameter names (``"model."``).
         rename: regular expressions from old checkpoints' parameter names to today's.
+        contract: from the family's numerics of this component to this checkpoint's.
         ignore: regular expression of checkpoint keys that are not parameters of this component.
         transforms: regular expressions of parameters of which the graph has a part, with the name in
             `capture.TRANSFORMS`.
@@ -57,6 +58,7 @@ class Component:
     prefix: str = "model."
     rename: tuple[tuple[str, str], ...] = ()
     ignore: str = r"$^"
+    contract: Callable[[Contract], Contract] = field(default=lambda contract: contract)
     transforms: tuple[tuple[str, str], ...] = ()
 
 

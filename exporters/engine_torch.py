@@ -15,6 +15,7 @@ import numpy as np
 from intaglio.exporters.checkpoint_index import find_checkpoint
 from intaglio.exporters.component import family_of
 from intaglio.exporters.lora import fuse_module
+from intaglio.exporters.preview_vae import with_preview
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.profiles.registry import need
@@ -46,8 +47,9 @@ class TorchEngine:
         import torch
 
         checkpoint = find_checkpoint(artifact.manifest.provenance, options.checkpoint)
-        exporter, _ = family_of(checkpoint)
-        component = next(c for c in exporter.components(checkpoint) if c.name == name)
+        exporter, profile = family_of(checkpoint)
+        components = with_preview(exporter.components(checkpoint), checkpoint, profile.name)
+        component = next(c for c in components if c.name == name)
         with no_progress_bar():
             model = component.reference(checkpoint)
             checkpoint.inversions.extend_model(component.source, model)

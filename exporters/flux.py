@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from intaglio.profiles.family import Family
 
 CLASSES = {
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "T5EncoderModel",
-    "transformer": "FluxTransformer2DModel",
-    "vae": "AutoencoderKL",
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+    "transformer": ("FluxTransformer2DModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 PATCH = 2  # latents along one side of a token
@@ -205,10 +205,10 @@ def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
         CheckpointError: a part of another class; a transformer that does not fit the VAE's latents.
         Unsupported: a transformer whose output has other channels than its input.
     """
-    for part, wanted in CLASSES.items():
+    for part, allowed in CLASSES.items():
         found = checkpoint.component_class(part)
-        if found != wanted:
-            raise CheckpointError(f"{part} is a {found}, allowed: {wanted}")
+        if found not in allowed:
+            raise CheckpointError(f"{part} is a {found}, allowed: {', '.join(allowed)}")
     channels, place = transformer["in_channels"], "transformer/config.json"
     latent_channels = checkpoint.config("vae")["latent_channels"]
     if channels != PATCH * PATCH * latent_channels:

@@ -16,11 +16,13 @@ def is_repository(text: str) -> bool:
     return NAME.fullmatch(text) is not None
 
 
-def cached_folder(text: str) -> Path:
+def cached_folder(text: str, file: str = "model_index.json", what: str = "diffusers pipeline") -> Path:
     """The folder of a cached repository, to be read in place.
 
     Args:
         text: ``ORG/NAME``, or ``ORG/NAME@REVISION`` with a branch, tag or commit.
+        file: one that it must have.
+        what: it then is.
 
     Raises:
         CheckpointError: it is not in the cache; the message has the command that fetches it.
@@ -34,11 +36,9 @@ def cached_folder(text: str) -> Path:
         )
     import huggingface_hub
 
-    index = huggingface_hub.try_to_load_from_cache(repository, "model_index.json", revision=revision)
+    index = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
     if isinstance(index, str):
         return Path(index).parent
     command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     cache = huggingface_hub.constants.HF_HUB_CACHE
-    raise CheckpointError(
-        f"{text} is not a folder here, and {cache} has no diffusers pipeline of that name; fetch it: {command}"
-    )
+    raise CheckpointError(f"{text} is not a folder here, and {cache} has no {what} of that name; fetch it: {command}")

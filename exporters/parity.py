@@ -13,8 +13,8 @@ from intaglio.profiles.registry import installed
 from intaglio.profiles.spec import Range, TensorSpec
 from intaglio.runtimes.engine import EngineOptions, load_engine
 
-# Targets that run on a CPU, and the backend that runs them. An ahead-of-time TensorRT plan needs its GPU.
 EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, in float32 whatever they will run in
+# Targets that run on a CPU, and the backend that runs them. An ahead-of-time TensorRT plan needs its GPU.
 RUNNABLE = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 

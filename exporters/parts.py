@@ -14,8 +14,9 @@ from intaglio.exporters.checkpoint import write_config
 from intaglio.exporters.component import Component
 from intaglio.exporters.tokenizer_files import check_tokenizer, copy_tokenizer
 from intaglio.exporters.weights import VARIANT, weight_files
-from intaglio.profiles.errors import CheckpointError
+from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec
+from intaglio.runtimes.scheduler_config import SchedulerConfig
 
 if TYPE_CHECKING:
     import torch
@@ -210,16 +211,24 @@ def wrap_vae_decoder(vae: Any) -> torch.nn.Module:
     return VaeDecoder()
 
 
-def autoencoder(
-    checkpoint: Checkpoint, name: str = "AutoencoderKL", *, ignore: str = ""
-) -> tuple[Component, Component]:
-    """VAE encoder and decoder of AutoencoderKL and of classes built like it.
+def autoencoder(checkpoint: Checkpoint, name: str = "AutoencoderKL", *, ignore: str = "") -> tuple[Component, ...]:
+    """VAE encoder and decoder of AutoencoderKL and of classes built like it; of an AutoencoderTiny the decoder.
 
     Args:
         checkpoint: its folder ``vae``.
         name: the diffusers class.
         ignore: regular expression of further keys that are in neither graph.
+
+    Raises:
+        CheckpointError: it is of another class.
     """
+    from intaglio.exporters.preview_vae import CLASS, own_decoder  # which is made of these parts
+
+    found = checkpoint.config("vae").get("_class_name", name)
+    if found == CLASS and name == "AutoencoderKL":
+        return (own_decoder(checkpoint),)
+    if found != name:
+        raise CheckpointError(f"{checkpoint.folder / 'vae/config.json'} is a {found}; allowed: {name}")
     vae, factor = checkpoint.config("vae"), vae_scale_factor(checkpoint)
     latent = (f"height/{factor}", f"width/{factor}")
     image = spec("sample", "batch", vae["in_channels"], "height", "width")
@@ -298,9 +307,14 @@ def check_files(checkpoint: Checkpoint, tokenizers: tuple[str, ...]) -> None:
     """What `copy_pipeline_files` will need is there.
 
     Raises:
-        CheckpointError: naming the file of a tokenizer or the scheduler that is missing or not JSON.
+        CheckpointError: naming the file of a tokenizer or the scheduler that is missing, not JSON, or that no
+            artifact could be sampled with.
     """
-    checkpoint.config("scheduler", "scheduler_config.json")
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    try:
+        SchedulerConfig.from_dict(config)
+    except ToolError as error:
+        raise CheckpointError(f"{checkpoint.folder / SCHEDULER}: {error}") from error
     for part in tokenizers:
         check_tokenizer(checkpoint.folder / part)
 

@@ -2,7 +2,7 @@
 
 ONNX Runtime and OpenVINO on a CPU compute float16 graphs in wider arithmetic: they return 153.6 where a GPU gives inf.
 So the float32 graph is run instead, with one more output: the largest absolute value of every tensor that the cast
-pass would make float16. The limit is half of float16's largest value.
+pass would make float16, and of the scores inside `Attention`. The limit is half of float16's largest value.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from intaglio.profiles.family import Contract
 from intaglio.quantize.rewrite import PARAMETER
 from intaglio.runtimes.engine import EngineOptions, check_feeds
 from intaglio.runtimes.pipeline import Pipeline
+from intaglio.runtimes.sampling import Clock
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,6 +65,8 @@ class AuditEngine:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # fused tensors would not show
         options.log_severity_level = 3
+        # Peaks as soon as their tensor is there: by default they come last, and every tensor is kept until then.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         try:
             self.session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         finally:
@@ -96,6 +99,7 @@ def write_audit_graph(folder: Path, contract: Contract) -> tuple[str, ...]:
     graph = model.graph
     wanted = [v for n in graph for v in n.outputs if v.name in report.narrow_values]
     wanted += [v for v in graph.inputs if v.name in report.narrow_values]
+    wanted += [scores(n) for n in graph if n.op_type == "Attention" and n.outputs[0].name in report.narrow_values]
     maxima = []
     for value in wanted:
         size = ir.node("Abs", [value])
@@ -112,9 +116,21 @@ def write_audit_graph(folder: Path, contract: Contract) -> tuple[str, ...]:
     return tuple(label(v) for v in wanted)
 
 
+def scores(node: Any) -> Any:
+    """The scores q k^T of an Attention node as a value; they have no name of their own in the graph."""
+    import onnx_ir as ir
+
+    node.resize_outputs(4)
+    for unused in node.outputs[1:3]:  # present keys and values
+        unused.name = ""
+    value = node.outputs[3]
+    value.name, value.dtype = f"{node.outputs[0].name}.scores", ir.DataType.FLOAT
+    return value
+
+
 def label(value: Any) -> str:
     """A tensor's name with the nearest parameter before it, which says where in the model it is."""
-    front = [value]
+    front: list[Any] = [value]
     for _ in range(NEAR):
         front = [i for v in front if (p := v.producer()) is not None for i in p.inputs if i is not None]
         names = [i.metadata_props[PARAMETER] for i in front if is_parameter(i)]
@@ -165,10 +181,16 @@ class Audit:
         return result
 
 
-def audit_ranges(artifact: Artifact, contracts: Mapping[str, Contract], prompts: Sequence[str] = PROMPTS) -> Audit:
+def audit_ranges(
+    artifact: Artifact,
+    contracts: Mapping[str, Contract],
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    steps: int | None = None,
+) -> Audit:
     """Sample `prompts` with every component of `contracts` instrumented; components without one run as they are.
 
-    The VAE encoder is fed the pictures.
+    `steps` are the artifact's own where not given. The VAE encoder is fed the pictures, a tiny VAE the latents.
     """
     place = Place()
     engines = {name: AuditEngine(artifact, name, contract, place) for name, contract in contracts.items()}
@@ -177,10 +199,12 @@ def audit_ranges(artifact: Artifact, contracts: Mapping[str, Contract], prompts:
     for prompt in prompts:
         place.prompt = prompt
         with kept(pipeline, engines):
-            result = run_through(pipeline, prompt, place, whole=whole)
+            result = run_through(pipeline, prompt, place, whole=whole, steps=steps)
         if "vae_encoder" in engines:
             pixels = np.stack([np.asarray(i, np.float32) for i in result.images]).transpose(0, 3, 1, 2)
             engines["vae_encoder"].run({"sample": pixels / np.float32(127.5) - 1})
+        if "vae_preview" in engines:  # it clamps its input, so that the latents of earlier steps reach no further
+            engines["vae_preview"].run({"latent_sample": result.latents})
     for engine in engines.values():
         engine.close()
     return Audit({name: engine.peaks for name, engine in engines.items()})
@@ -200,20 +224,22 @@ def kept(pipeline: Pipeline, engines: Mapping[str, AuditEngine]) -> Iterator[Non
         pipeline.engines.close()
 
 
-def run_through(pipeline: Pipeline, prompt: str, place: Place, *, whole: bool) -> Any:
-    """One picture at the artifact's own settings, `place` kept on the step; without `whole` the first step alone."""
+def run_through(pipeline: Pipeline, prompt: str, place: Place, *, whole: bool, steps: int | None) -> Any:
+    """One picture at the artifact's own settings, `place` kept on the step; without `whole` its text alone."""
     import warnings
 
     place.step = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = (waves(*pipeline.sampler.size(())),) if pipeline.sampler.needs_images else ()
-        steps = pipeline.stream(prompt, seed=0, images=images)
+        request = pipeline.request(prompt, seed=0, images=images, num_inference_steps=steps)
+        if not whole:
+            pipeline.sampler.encode(pipeline.engines, request, Clock())
+            return None
+        events = pipeline.sampler.stream(pipeline.engines, request)
         while True:
             try:
-                place.step = next(steps).index + 1
-                if not whole:
-                    return None
+                place.step = next(events).index + 1
             except StopIteration as stop:
                 return stop.value
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from intaglio.profiles.family import Family
 
 CLASSES = {
-    "text_encoder": "CLIPTextModelWithProjection",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-    "transformer": "SD3Transformer2DModel",
-    "vae": "AutoencoderKL",
+    "text_encoder": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "transformer": ("SD3Transformer2DModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 CLIP_PARTS = ("text_encoder", "text_encoder_2")
 T5, T5_CLASS, T5_TOKENIZER = "text_encoder_3", "T5EncoderModel", "tokenizer_3"
@@ -239,11 +239,11 @@ def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
         CheckpointError: a part of another class; text encoders that do not fit the transformer.
         Unsupported: an image encoder, which this family does not feed.
     """
-    wanted = {**CLASSES, **({T5: T5_CLASS} if with_t5(checkpoint) else {})}
-    for part, name in wanted.items():
+    wanted = {**CLASSES, **({T5: (T5_CLASS,)} if with_t5(checkpoint) else {})}
+    for part, allowed in wanted.items():
         found = checkpoint.component_class(part)
-        if found != name:
-            raise CheckpointError(f"{part} is a {found}, allowed: {name}")
+        if found not in allowed:
+            raise CheckpointError(f"{part} is a {found}, allowed: {', '.join(allowed)}")
     if checkpoint.component_class("image_encoder") is not None:
         raise Unsupported("model_index.json has an image_encoder (IP-Adapter), which the family 'sd3' does not feed")
     clips = [checkpoint.config(part) for part in CLIP_PARTS]

@@ -21,7 +21,6 @@ class Contract:
         dtype: compute dtype where the hardware has it.
         allowed: what ``--dtype`` may ask for.
         float32_ops: ONNX operator types that compute in float32 whatever the dtype.
-        float32_ops_in_float16: further ones in float16, which overflows where bfloat16 only rounds.
         float32_parameters: glob patterns of parameter names; the operators that read them compute in float32.
         activations_scale_factor: OpenVINO divides activations by it in float16; 0 leaves them alone.
         keep: glob patterns of parameter names that are not quantized.
@@ -33,7 +32,6 @@ class Contract:
     dtype: str = "float32"
     allowed: tuple[str, ...] = ("float16", "bfloat16", "float32")
     float32_ops: tuple[str, ...] = ()
-    float32_ops_in_float16: tuple[str, ...] = ()
     float32_parameters: tuple[str, ...] = ()
     activations_scale_factor: float = 0.0
     keep: tuple[str, ...] = ()
@@ -45,10 +43,6 @@ class Contract:
         """Refuse a dtype that is not allowed."""
         if self.dtype not in self.allowed:
             raise ProfileError(f"contract dtype {self.dtype!r} is not among the allowed {self.allowed}")
-
-    def float32_operators(self, dtype: str) -> tuple[str, ...]:
-        """Operator types that compute in float32 when the component computes in `dtype`."""
-        return self.float32_ops + (self.float32_ops_in_float16 if dtype == "float16" else ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,13 @@ from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import parse_assignments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from intaglio.runtimes.pipeline import Pipeline
-    from intaglio.runtimes.sampling import Result
+    from intaglio.runtimes.sampling import Result, StepEvent
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="a parameter of the family, or BACKEND.KEY=VALUE",
+    )
+    parser.add_argument(
+        "--previews", action="store_true", help="write what each step sees as NAME.step-00.png, …, by the tiny VAE"
     )
     parser.add_argument("--force", action="store_true", help="replace existing pictures")
     parser.add_argument("--json", action="store_true", help="print files, seeds and seconds as JSON")
@@ -131,8 +137,11 @@ def read_images(files: list[str]) -> list[Image]:
 def run(args: argparse.Namespace) -> int:
     """Generate and write PNGs."""
     from intaglio.runtimes.pipeline import load
+    from intaglio.runtimes.previews import need_preview_vae, refuse_existing
 
     files = output_files(Path(args.output), max(args.count, 1), force=args.force)
+    if args.previews and not args.force:
+        refuse_existing(files)
     settings, extra = split_settings(args.backend, args.set)
     parameters = {
         **extra,
@@ -154,19 +163,25 @@ def run(args: argparse.Namespace) -> int:
         settings=settings,
         residency=args.residency,
     )
+    if args.previews:
+        need_preview_vae(pipeline.artifact)
+    previews: list[Path] = []
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         warnings.simplefilter("always")
-        result = generate(pipeline, args.prompt, parameters)
+        after = (lambda event: previews.extend(write_previews(files, event))) if args.previews else lambda event: None
+        result = generate(pipeline, args.prompt, parameters, after)
     for file, image, seed in zip(files, result.images, result.seeds, strict=True):
         write_png(file, image, {**result.parameters, "seed": seed}, pipeline)
     summary = {"files": [str(f) for f in files], "seeds": result.seeds, "seconds": result.seconds}
+    if args.previews:
+        summary["previews"] = [str(f) for f in previews]
     print(json.dumps(summary, indent=1) if args.json else "\n".join(str(f) for f in files))
     return 0
 
 
-def generate(pipeline: Pipeline, prompt: str, parameters: dict[str, Any]) -> Result:
-    """Run the loop with a progress bar on stderr."""
+def generate(pipeline: Pipeline, prompt: str, parameters: dict[str, Any], after: Callable[[StepEvent], None]) -> Result:
+    """Run the loop with a progress bar on stderr; `after` is called with every step."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -176,6 +191,7 @@ def generate(pipeline: Pipeline, prompt: str, parameters: dict[str, Any]) -> Res
         while True:
             try:
                 event = next(steps)
+                after(event)
             except StopIteration as stop:
                 result: Result = stop.value
                 return result
@@ -184,6 +200,20 @@ def generate(pipeline: Pipeline, prompt: str, parameters: dict[str, Any]) -> Res
                 progress.console.quiet = not progress.console.is_interactive
                 raise
             progress.update(task, total=event.total, completed=event.index + 1)
+
+
+def write_previews(files: list[Path], event: StepEvent) -> list[Path]:
+    """Write a step's previews beside the pictures-to-be `files`; returns where.
+
+    Raises:
+        UsageError: the folder or the disk takes no more.
+    """
+    from intaglio.runtimes.previews import preview_file
+
+    written = [preview_file(file, event.index) for file in files]
+    for file, image in zip(written, event.preview(), strict=True):
+        save_png(file, image)
+    return written
 
 
 def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipeline) -> None:
@@ -199,6 +229,15 @@ def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipe
     info.add_itxt("parameters", infotext(parameters, manifest.name))
     facts = {**parameters, "artifact": manifest.digest, "backend": pipeline.backend, "recipe": manifest.recipe}
     info.add_itxt("intaglio", json.dumps(facts, ensure_ascii=False))
+    save_png(file, image, info)
+
+
+def save_png(file: Path, image: Image, info: PngInfo | None = None) -> None:
+    """One PNG, whole or not at all.
+
+    Raises:
+        UsageError: the folder or the disk takes no more.
+    """
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         image.save(temporary, format="PNG", pnginfo=info)

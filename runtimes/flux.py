@@ -6,14 +6,14 @@ The order of operations is that of diffusers' ``FluxPipeline.__call__``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from intaglio.profiles.errors import UsageError
-from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
+from intaglio.runtimes.loop import Branch, Components, Feeds
+from intaglio.runtimes.packed import PackedSampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
-from intaglio.runtimes.scheduler_flow_match_euler import calculate_shift
 from intaglio.runtimes.text import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -21,21 +21,14 @@ if TYPE_CHECKING:
 
 LONGEST_TEXT = 512  # T5 tokens, FluxPipeline.check_inputs
 ID_AXES = 3
-TIMESTEPS = np.float32(1000)
-# Arguments of `calculate_shift` and the scheduler's keys for them.
-SHIFT_KEYS = {
-    "base_seq_len": "base_image_seq_len",
-    "max_seq_len": "max_image_seq_len",
-    "base_shift": "base_shift",
-    "max_shift": "max_shift",
-}
 
 
-class Flux(Sampler):
+class Flux(PackedSampler):
     """The sampler of the family ``flux``."""
 
     components = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")
     denoiser = "transformer"
+    guidance_parameter = "true_cfg_scale"
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "true_cfg_scale": Parameter(
             kind=float, default=1.0, help="classifier-free guidance; above 1 it needs a negative prompt", minimum=1.0
@@ -51,10 +44,6 @@ class Flux(Sampler):
         super().__init__(artifact)
         self.tokenizer = PromptTokenizer(artifact.folder / "tokenizer")
         self.tokenizer_2 = PromptTokenizer(artifact.folder / "tokenizer_2")
-
-    def guided(self, request: Request) -> bool:
-        """See `Sampler.guided`."""
-        return bool(request.options["true_cfg_scale"] > 1)
 
     def check(self, request: Request) -> None:
         """See `Sampler.check`.
@@ -74,10 +63,7 @@ class Flux(Sampler):
             raise UsageError(
                 f"true_cfg_scale {options['true_cfg_scale']:g} needs a negative prompt: --negative-prompt TEXT"
             )
-        if not self.guided(request) and (request.negative_prompt or options["negative_prompt_2"]):
-            raise UsageError(
-                "a negative prompt takes part with true_cfg_scale above 1 only: --set true_cfg_scale=N, or leave it out"
-            )
+        self.refuse_unread(request, ("negative_prompt_2",))
         self.manifest.shapes["t5_tokens"].check("max_sequence_length", options["max_sequence_length"])
         super().check(request)
 
@@ -120,36 +106,6 @@ class Flux(Sampler):
             feeds["guidance"] = np.full(request.pictures, request.guidance_scale, np.float32)
         return feeds
 
-    def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
-        """See `Sampler.model_feeds`."""
-        times = np.full(len(sample), np.float32(timestep) / TIMESTEPS, np.float32)
-        return {"hidden_states": pack(sample), "timestep": times}
-
-    def prediction(self, request: Request, output: np.ndarray) -> np.ndarray:
-        """See `Sampler.prediction`."""
-        return unpack(output, *self.grid(request))
-
-    def combine(self, request: Request, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
-        """See `Sampler.combine`, with ``true_cfg_scale``."""
-        conditional = predictions["conditional"]
-        if "negative" not in predictions:
-            return conditional
-        negative = predictions["negative"]
-        mixed: np.ndarray = negative + np.float32(request.options["true_cfg_scale"]) * (conditional - negative)
-        return mixed
-
-    def schedule(self, request: Request) -> dict[str, Any]:
-        """See `Sampler.schedule`: evenly spaced sigmas, shifted by the number of image tokens."""
-        steps, rows, columns = request.num_inference_steps, *self.grid(request)
-        given = {name: self.scheduler_config.values.get(key) for name, key in SHIFT_KEYS.items()}
-        line = {name: value for name, value in given.items() if value is not None}
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": calculate_shift(rows * columns, **line)}
-
-    def grid(self, request: Request) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
-        side = 2 * self.settings["vae_scale_factor"]
-        return request.height // side, request.width // side
-
 
 def image_ids(rows: int, columns: int) -> np.ndarray:
     """Position ids float32 [rows * columns, 3]: 0, row, column."""
@@ -157,17 +113,3 @@ def image_ids(rows: int, columns: int) -> np.ndarray:
     ids[..., 1] = np.arange(rows)[:, None]
     ids[..., 2] = np.arange(columns)[None]
     return ids.reshape(rows * columns, ID_AXES)
-
-
-def pack(latents: np.ndarray) -> np.ndarray:
-    """Latents [B, C, h, w] as tokens [B, h/2 * w/2, 4C]: each a patch of 2 x 2, channel by channel."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(patches).reshape(batch, -1, 4 * channels)
-
-
-def unpack(tokens: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """`pack` backwards: tokens [B, rows * columns, 4C] as latents [B, C, 2 rows, 2 columns]."""
-    batch, _, channels = tokens.shape
-    patches = tokens.reshape(batch, rows, columns, channels // 4, 2, 2).transpose(0, 3, 1, 4, 2, 5)
-    return np.ascontiguousarray(patches).reshape(batch, channels // 4, 2 * rows, 2 * columns)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from intaglio.profiles.errors import UsageError
-from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
+from intaglio.runtimes.loop import Branch, Components, Feeds
+from intaglio.runtimes.packed import PATCH, PackedSampler, flatten, patchify, unflatten, unpatchify
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
 from intaglio.runtimes.scheduler_flow_match_euler import empirical_mu
 from intaglio.runtimes.text import PromptTokenizer, fill_template
@@ -22,21 +23,19 @@ if TYPE_CHECKING:
 
     from intaglio.profiles.artifact import Artifact
 
-PATCH = 2  # latents along one side of a token
 LONGEST_TEXT = 512
-TIMESTEPS = np.float32(1000)
 ID_AXES = 4  # time, row, column, text position
 REFERENCE_TIME = 10  # reference picture i is at the time 10 + 10 i, diffusers' `_prepare_image_ids`
 # Of diffusers' Flux2ImageProcessor.
 REFERENCE_AREA, REFERENCE_SIDE, REFERENCE_RATIO = 1024 * 1024, 64, 8
-# `settings["guidance"]` -> why a negative prompt or another guidance is refused.
+# `settings["guidance"]` -> why no negative prompt takes part.
 NO_NEGATIVE = {
     "embedded": "its guidance is an input of the transformer",
     "none": "the checkpoint is distilled, it has no guidance",
 }
 
 
-class Flux2(Sampler):
+class Flux2(PackedSampler):
     """The sampler of the family ``flux2``."""
 
     components = ("text_encoder", "transformer", "vae_decoder")
@@ -55,11 +54,6 @@ class Flux2(Sampler):
             np.array(self.settings[name], np.float32).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
         )
 
-    @property
-    def token_side(self) -> int:
-        """Pixels along one side of an image token."""
-        return PATCH * int(self.settings["vae_scale_factor"])
-
     def guided(self, request: Request) -> bool:
         """See `Sampler.guided`; klein base only."""
         return bool(self.settings["guidance"] == "true" and request.guidance_scale > 1)
@@ -71,10 +65,6 @@ class Flux2(Sampler):
     def latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         """See `Sampler.latent_shape`: the channels of a patch are channels of the latents."""
         return (request.pictures, PATCH * PATCH * self.settings["latent_channels"], *self.grid(request))
-
-    def grid(self, request: Request) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
-        return request.height // self.token_side, request.width // self.token_side
 
     def check(self, request: Request) -> None:
         """See `Sampler.check`.
@@ -89,9 +79,9 @@ class Flux2(Sampler):
                 f"guidance {request.guidance_scale:g} is not allowed: the checkpoint is distilled, it has no guidance; "
                 f"leave it out, it is {default:g}"
             )
-        if request.negative_prompt and not self.guided(request):
-            reason = NO_NEGATIVE.get(kind, f"guidance {request.guidance_scale:g} is not above 1")
-            raise UsageError(f"a negative prompt would have no effect: {reason}; leave it out")
+        if request.negative_prompt and kind in NO_NEGATIVE:
+            raise UsageError(f"a negative prompt would have no effect: {NO_NEGATIVE[kind]}; leave it out")
+        self.refuse_unread(request)
         for prompt in (*request.prompts, request.negative_prompt or ""):
             for word in self.settings["forbidden_in_prompts"]:
                 if word in prompt:
@@ -144,7 +134,7 @@ class Flux2(Sampler):
             "img_ids": np.concatenate([position_ids(*self.grid(request)), *reference_ids(references)]),
         }
         if references:  # these stand behind every step's own tokens, see model_feeds
-            row = np.concatenate([pack(latents) for latents in references], axis=1)
+            row = np.concatenate([flatten(latents) for latents in references], axis=1)
             constant["hidden_states"] = np.repeat(row, request.pictures, axis=0)
         if self.settings["guidance"] == "embedded":
             constant["guidance"] = np.full(request.pictures, request.guidance_scale, np.float32)
@@ -165,24 +155,25 @@ class Flux2(Sampler):
         engines.release("vae_encoder")
         return result
 
-    def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
-        """See `Sampler.model_feeds`."""
-        tokens = pack(sample)
-        if "hidden_states" in branch.feeds:
-            tokens = np.concatenate([tokens, branch.feeds["hidden_states"]], axis=1)
-        times = np.full(len(sample), np.float32(timestep) / TIMESTEPS, np.float32)
-        return {"hidden_states": tokens, "timestep": times}
+    def pack(self, latents: np.ndarray) -> np.ndarray:
+        """See `PackedSampler.pack`; they are patches already."""
+        return flatten(latents)
 
-    def prediction(self, request: Request, output: np.ndarray) -> np.ndarray:
-        """See `Sampler.prediction`: without the reference pictures' tokens."""
+    def unpack(self, request: Request, tokens: np.ndarray) -> np.ndarray:
+        """See `PackedSampler.unpack`; reference pictures' tokens, which stand behind, are left out."""
         rows, columns = self.grid(request)
-        tokens = output[:, : rows * columns].transpose(0, 2, 1)
-        return np.ascontiguousarray(tokens).reshape(len(output), -1, rows, columns)
+        return unflatten(tokens[:, : rows * columns], rows, columns)
 
-    def schedule(self, request: Request) -> dict[str, Any]:
-        """See `Sampler.schedule`: evenly spaced sigmas, shifted by the number of the picture's own tokens."""
-        steps, (rows, columns) = request.num_inference_steps, self.grid(request)
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": empirical_mu(rows * columns, steps)}
+    def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
+        """See `Sampler.model_feeds`; with the reference pictures' tokens behind the picture's own."""
+        feeds = super().model_feeds(request, sample, timestep, branch)
+        if "hidden_states" in branch.feeds:
+            feeds["hidden_states"] = np.concatenate([feeds["hidden_states"], branch.feeds["hidden_states"]], axis=1)
+        return feeds
+
+    def shift(self, image_tokens: int, steps: int) -> float:
+        """See `PackedSampler.shift`; it depends on the steps as well."""
+        return empirical_mu(image_tokens, steps)
 
     def unscale(self, latents: np.ndarray) -> np.ndarray:
         """See `Sampler.unscale`: the VAE's batch norm backwards, then patches of 2 x 2 back in place."""
@@ -203,26 +194,6 @@ def position_ids(rows: int = 1, columns: int = 1, *, time: int = 0, text: int = 
 def reference_ids(references: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Position ids of reference pictures' latents [1, C, h, w], each at a time of its own."""
     return [position_ids(*x.shape[2:], time=REFERENCE_TIME * (1 + i)) for i, x in enumerate(references)]
-
-
-def pack(latents: np.ndarray) -> np.ndarray:
-    """Latents [B, C, h, w] as tokens [B, h * w, C]."""
-    batch, channels = latents.shape[:2]
-    return np.ascontiguousarray(latents.reshape(batch, channels, -1).transpose(0, 2, 1))
-
-
-def patchify(latents: np.ndarray) -> np.ndarray:
-    """Latents [B, C, h, w] as [B, 4C, h/2, w/2]: the four of a patch are channels, channel by channel."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).transpose(0, 1, 3, 5, 2, 4)
-    return patches.reshape(batch, 4 * channels, height // 2, width // 2)
-
-
-def unpatchify(latents: np.ndarray) -> np.ndarray:
-    """`patchify` backwards: [B, 4C, h, w] as [B, C, 2h, 2w]."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels // 4, 2, 2, height, width).transpose(0, 1, 4, 2, 5, 3)
-    return patches.reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 def shrunk_size(size: tuple[int, int]) -> tuple[int, int]:

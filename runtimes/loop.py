@@ -6,12 +6,14 @@ that of diffusers' pipelines. Latents are [pictures, C, h, w] everywhere; packin
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -19,9 +21,10 @@ import numpy as np
 
 from intaglio.profiles.errors import UsageError
 from intaglio.runtimes.noise import Noise, batch_randn
+from intaglio.runtimes.previews import DECODERS, PREVIEW, Previewer, need_preview_vae
 from intaglio.runtimes.sampling import Clock, Parameter, Request, Result, StepEvent, check_finite, to_images
-from intaglio.runtimes.schedulers import Draw, Scheduler, SchedulerConfig, default_name, make_scheduler
-from intaglio.runtimes.tiling import GIB, TILE, VaeTiled, decode_bytes, decode_tiled
+from intaglio.runtimes.schedulers import CleanEstimator, Draw, Scheduler, SchedulerConfig, default_name, make_scheduler
+from intaglio.runtimes.tiling import GIB, TILE, VaeTiled, decode_bytes, decode_tiled, decoder_kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +35,10 @@ if TYPE_CHECKING:
 Feeds = dict[str, np.ndarray]
 COMMON_PARAMETERS = {
     "vae_memory": Parameter(
-        kind=float, default=4.0, help="GiB of activations above which the VAE decodes in tiles", minimum=0.0
+        kind=float, default=16.0, help="GiB of activations above which the VAE decodes in tiles", minimum=0.0
+    ),
+    "decoder": Parameter(
+        kind=str, default=DECODERS[0], help="which VAE makes the pictures; the tiny one is fast", choices=DECODERS
     ),
 }
 
@@ -68,6 +74,7 @@ class Sampler(ABC):
         takes_images: how many reference pictures a request may have at most.
         needs_images: whether it must have one.
         batched: whether the branches of a step run as one batch where their shapes allow it.
+        guidance_parameter: the one that scales guidance, where `guidance_scale` is something else.
     """
 
     components: tuple[str, ...]
@@ -76,6 +83,7 @@ class Sampler(ABC):
     takes_images: int = 0
     needs_images: bool = False
     batched: ClassVar[bool] = True
+    guidance_parameter: ClassVar[str | None] = None
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -98,9 +106,14 @@ class Sampler(ABC):
         """The denoiser's first output as [pictures, C, h, w]."""
         return output
 
+    def guidance(self, request: Request) -> float:
+        """How strongly the negative branch is left behind."""
+        name = self.guidance_parameter
+        return request.guidance_scale if name is None else float(request.options[name])
+
     def guided(self, request: Request) -> bool:
         """Whether a negative branch takes part."""
-        return request.guidance_scale > 1
+        return self.guidance(request) > 1
 
     def combine(self, request: Request, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
         """Classifier-free guidance, arXiv:2207.12598: from the branches' predictions to one."""
@@ -108,7 +121,7 @@ class Sampler(ABC):
         if "negative" not in predictions:
             return conditional
         negative = predictions["negative"]
-        mixed: np.ndarray = negative + np.float32(request.guidance_scale) * (conditional - negative)
+        mixed: np.ndarray = negative + np.float32(self.guidance(request)) * (conditional - negative)
         return mixed
 
     def active(self, request: Request, branches: Sequence[Branch], index: int, total: int) -> Sequence[Branch]:
@@ -162,8 +175,9 @@ class Sampler(ABC):
 
     @property
     def all_parameters(self) -> dict[str, Parameter]:
-        """The common parameters and the family's."""
-        return {**COMMON_PARAMETERS, **self.parameters}
+        """The common parameters and the family's; a setting of the artifact of the same name is the default."""
+        declared = {**COMMON_PARAMETERS, **self.parameters}
+        return {n: dataclasses.replace(p, default=self.settings.get(n, p.default)) for n, p in declared.items()}
 
     def check(self, request: Request) -> None:
         """Refuse a size, count or steps outside the ranges, an unknown scheduler, and latents of another shape.
@@ -185,9 +199,23 @@ class Sampler(ABC):
             raise UsageError(f"{len(request.images)} reference images were given; this artifact takes {allowed}")
         if self.needs_images and not request.images:
             raise UsageError("this artifact starts from a picture and none was given; give one (--image FILE)")
+        if request.options["decoder"] == PREVIEW:
+            need_preview_vae(self.artifact)
         self.make_scheduler(request)  # refuses what it cannot
         if request.latents is not None and request.latents.shape != self.latent_shape(request):
             raise UsageError(f"latents have shape {request.latents.shape}, expected {self.latent_shape(request)}")
+
+    def refuse_unread(self, request: Request, names: Iterable[str] = ()) -> None:
+        """Refuse a negative prompt, and parameters of these `names`, where guidance is off and nobody reads them.
+
+        Raises:
+            UsageError: one of them was given.
+        """
+        given = {"negative_prompt": request.negative_prompt, **{name: request.options[name] for name in names}}
+        for name, value in given.items():
+            if value and not self.guided(request):
+                scale, word = self.guidance(request), self.guidance_parameter or "guidance"
+                raise UsageError(f"{name} takes part with {word} above 1 only, it is {scale:g}; leave it out")
 
     def make_scheduler(self, request: Request) -> Scheduler:
         """A new scheduler for the request."""
@@ -211,7 +239,8 @@ class Sampler(ABC):
         with clock.stage("scheduler"):
             scheduler = self.make_scheduler(request)
         latents, first = self.initial(engines, request, scheduler, draw, clock)
-        engines.release(*(n for n in self.manifest.components if n not in (self.denoiser, "vae_decoder")))
+        engines.release(*(n for n in self.manifest.components if n not in (self.denoiser, request.options["decoder"])))
+        previews = Previewer(self.artifact, engines, lambda x: self.pixels(engines, request, x, PREVIEW)[0])
         total = len(scheduler.timesteps) - first
         for step, timestep in enumerate(scheduler.timesteps[first:]):
             start, index = time.perf_counter(), step + first
@@ -221,10 +250,18 @@ class Sampler(ABC):
             predicted = self.predict(engines[self.denoiser], request, active, sample, timestep, clock)
             check_finite(self.denoiser, predicted, step=step)
             with clock.stage("scheduler"):
+                clean = scheduler.clean(predicted, index, latents) if isinstance(scheduler, CleanEstimator) else None
                 latents = scheduler.step(predicted, index, latents, draw)
-            seconds = time.perf_counter() - start
-            yield StepEvent(index=step, total=total, timestep=float(timestep), latents=latents, seconds=seconds)
+            yield StepEvent(
+                index=step,
+                total=total,
+                timestep=float(timestep),
+                latents=latents,
+                seconds=time.perf_counter() - start,
+                preview=functools.partial(previews, latents if clean is None else clean),
+            )
         engines.release(self.denoiser)
+        previews.end()
         return self.decode(engines, request, latents, clock)
 
     def predict(
@@ -253,37 +290,44 @@ class Sampler(ABC):
 
     def decode(self, engines: Components, request: Request, latents: np.ndarray, clock: Clock) -> Result:
         """Latents to pictures."""
-        with clock.stage("vae_decoder"):
-            pixels, tiles = self.pixels(engines, request, self.unscale(latents))
+        decoder = request.options["decoder"]
+        with clock.stage(decoder):
+            unscaled = latents if decoder == PREVIEW else self.unscale(latents)
+            pixels, tiles = self.pixels(engines, request, unscaled, decoder)
         with clock.stage("postprocess"):
-            images = to_images(pixels)
-        engines.release("vae_decoder")
+            images = to_images(pixels, decoder)
+        engines.release(decoder)
         seconds, parameters = clock.seconds, self.report(request)
         if tiles > 1:
             parameters["vae_tiles"] = tiles
         return Result(images=images, latents=latents, seeds=request.seeds, seconds=seconds, parameters=parameters)
 
-    def pixels(self, engines: Components, request: Request, latents: np.ndarray) -> tuple[np.ndarray, int]:
-        """Decode at once, or in tiles where the activations would take more than ``vae_memory``; how many tiles."""
+    def pixels(
+        self, engines: Components, request: Request, latents: np.ndarray, decoder: str
+    ) -> tuple[np.ndarray, int]:
+        """Decode as many pictures together as ``vae_memory`` allows, in tiles where not even one fits; how many tiles.
+
+        Whether a picture is tiled depends on its size alone, never on its neighbours.
+        """
 
         def decode(part: np.ndarray) -> np.ndarray:
-            return engines["vae_decoder"].run({"latent_sample": part})["sample"]
+            return engines[decoder].run({"latent_sample": part})["sample"]
 
-        needed = decode_bytes(request.height, request.width, self.decoder_channels(), request.pictures) / GIB
-        if needed <= request.options["vae_memory"] or max(request.height, request.width) <= TILE:
-            return decode(latents), 1
-        pixels, tiles = decode_tiled(decode, latents, self.settings["vae_scale_factor"])
+        factor = self.settings["vae_scale_factor"]
+        channels, attends = decoder_kind(self.artifact.component(decoder) / "config.json")
+        budget = request.options["vae_memory"]
+        needed = decode_bytes(request.height, request.width, channels, factor, attends=attends) / GIB  # one picture's
+        if needed <= budget or max(request.height, request.width) <= TILE:
+            together = len(latents) if needed * len(latents) <= budget else max(1, int(budget // needed))
+            parts = [decode(latents[i : i + together]) for i in range(0, len(latents), together)]
+            return np.concatenate(parts), 1
+        pixels, tiles = decode_tiled(decode, latents, factor)
         message = (
-            f"decoded in {tiles} tiles of {TILE} pixels: whole it takes about {needed:.1f} GiB, more than "
-            f"{request.options['vae_memory']:g}; --set vae_memory={math.ceil(needed)} decodes it whole"
+            f"{decoder} decoded in {tiles} tiles of {TILE} pixels: whole it takes about {needed:.1f} GiB, more than "
+            f"{budget:g}; --set vae_memory={math.ceil(needed)} decodes it whole"
         )
         warnings.warn(message, VaeTiled, stacklevel=2)
         return pixels, tiles
-
-    def decoder_channels(self) -> int:
-        """Feature channels of the VAE decoder's last stage."""
-        config = json.loads((self.artifact.component("vae_decoder") / "config.json").read_text(encoding="utf-8"))
-        return int(config["block_out_channels"][0] if "block_out_channels" in config else config["base_dim"])
 
 
 def fits_one_batch(feeds: Sequence[Feeds], rows: set[str]) -> bool:

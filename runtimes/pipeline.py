@@ -116,6 +116,46 @@ class Pipeline:
             UsageError: a value is not allowed.
             NumericsError: a component returned NaN, infinity, or a picture without content.
         """
+        request = self.request(
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            width=width,
+            height=height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            count=count,
+            images=images,
+            latents=latents,
+            **options,
+        )
+        return self.sampler.stream(self.engines, request)
+
+    def request(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: str | None = None,
+        count: int = 1,
+        images: Sequence[Image] = (),
+        latents: np.ndarray | None = None,
+        **options: Any,
+    ) -> Request:
+        """A complete and checked request; arguments as for `stream`.
+
+        Raises:
+            UsageError: a value is not allowed.
+        """
+        for image in images:
+            if not hasattr(image, "convert"):
+                raise UsageError(f"a reference image is a {type(image).__name__}, allowed: PIL.Image.Image")
         settings, own = self.artifact.manifest.settings, self.sampler.size(images)
         request = Request(
             prompts=(prompt,) if isinstance(prompt, str) else tuple(prompt),
@@ -132,7 +172,7 @@ class Pipeline:
             options=read_parameters(self.sampler.all_parameters, options, self.artifact.manifest.family),
         )
         self.sampler.check(request)
-        return self.sampler.stream(self.engines, request)
+        return request
 
     def memory(self) -> dict[str, dict[str, int | None]]:
         """What each engine says it holds, in bytes."""

@@ -11,28 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from intaglio.runtimes.flux import pack, unpack
-from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
+from intaglio.runtimes.loop import Branch, Components
+from intaglio.runtimes.packed import PackedSampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
-from intaglio.runtimes.scheduler_flow_match_euler import calculate_shift
 from intaglio.runtimes.text import PromptTokenizer, fill_template
 
 if TYPE_CHECKING:
     from intaglio.profiles.artifact import Artifact
 
 ID_AXES = 3
-PATCH = 2  # latents along one side of a token
-TIMESTEPS = np.float32(1000)
-# Arguments of `calculate_shift` and the scheduler's keys for them; the defaults of both are the same.
-SHIFT_KEYS = {
-    "base_seq_len": "base_image_seq_len",
-    "max_seq_len": "max_image_seq_len",
-    "base_shift": "base_shift",
-    "max_shift": "max_shift",
-}
 
 
-class QwenImage(Sampler):
+class QwenImage(PackedSampler):
     """The sampler of the family ``qwen_image``; ``guidance_scale`` is diffusers' ``true_cfg_scale``."""
 
     components = ("text_encoder", "transformer", "vae_decoder")
@@ -48,18 +38,25 @@ class QwenImage(Sampler):
         super().__init__(artifact)
         self.tokenizer = PromptTokenizer(artifact.folder / "tokenizer")
 
+    def check(self, request: Request) -> None:
+        """See `Sampler.check`.
+
+        Raises:
+            UsageError: a negative prompt without guidance; a text length the artifact does not allow.
+        """
+        super().check(request)
+        self.refuse_unread(request)
+        self.manifest.shapes["tokens"].check("max_sequence_length", request.options["max_sequence_length"])
+
     def guided(self, request: Request) -> bool:
         """See `Sampler.guided`: as in diffusers, guidance needs a negative prompt, be it empty."""
-        return request.guidance_scale > 1 and request.negative_prompt is not None
+        return super().guided(request) and request.negative_prompt is not None
 
     def encode(self, engines: Components, request: Request, clock: Clock) -> list[Branch]:
-        """See `Sampler.encode`; warns where one of guidance and negative prompt is there without the other."""
+        """See `Sampler.encode`; warns where guidance is there without a negative prompt."""
         guidance, negative = request.guidance_scale, request.negative_prompt
         if guidance > 1 and negative is None:
             message = f"guidance {guidance:g} has no effect without a negative prompt; give one, ' ' will do"
-            warnings.warn(message, UserWarning, stacklevel=2)
-        if guidance <= 1 and negative is not None:
-            message = f"the negative prompt has no effect with guidance {guidance:g}; set it above 1"
             warnings.warn(message, UserWarning, stacklevel=2)
         branches = [self.branch("conditional", request.prompts, engines, request, clock)]
         if self.guided(request):
@@ -96,29 +93,14 @@ class QwenImage(Sampler):
             },
         )
 
-    def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
-        """See `Sampler.model_feeds`."""
-        times = np.full(len(sample), np.float32(timestep) / TIMESTEPS, np.float32)
-        return {"hidden_states": pack(sample), "timestep": times}
-
-    def prediction(self, request: Request, output: np.ndarray) -> np.ndarray:
-        """See `Sampler.prediction`."""
-        return unpack(output, *self.grid(request))
-
     def combine(self, request: Request, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Sampler.combine`; then each token is given the length it has in the conditional prediction."""
         mixed = super().combine(request, predictions)
         if "negative" not in predictions:
             return mixed
-        tokens, conditional = pack(mixed), pack(predictions["conditional"])
+        tokens, conditional = self.pack(mixed), self.pack(predictions["conditional"])
         ratio = np.linalg.norm(conditional, axis=-1, keepdims=True) / np.linalg.norm(tokens, axis=-1, keepdims=True)
-        return unpack(tokens * ratio, *self.grid(request))
-
-    def schedule(self, request: Request) -> dict[str, Any]:
-        """See `Sampler.schedule`: evenly spaced sigmas, shifted by the number of image tokens."""
-        steps, (rows, columns), config = request.num_inference_steps, self.grid(request), self.scheduler_config.values
-        line = {argument: config[key] for argument, key in SHIFT_KEYS.items() if key in config}
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": calculate_shift(rows * columns, **line)}
+        return self.unpack(request, tokens * ratio)
 
     def unscale(self, latents: np.ndarray) -> np.ndarray:
         """See `Sampler.unscale`: times each channel's standard deviation, plus its mean."""
@@ -132,11 +114,6 @@ class QwenImage(Sampler):
         """See `Sampler.report`: the guidance under diffusers' name, 1 where it took no part."""
         report = super().report(request)
         return {**report, "true_cfg_scale": request.guidance_scale if self.guided(request) else 1.0}
-
-    def grid(self, request: Request) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
-        side = PATCH * self.settings["vae_scale_factor"]
-        return request.height // side, request.width // side
 
 
 def image_ids(rows: int, columns: int) -> np.ndarray:

@@ -48,7 +48,7 @@ class Parameter:
             return self.default
         try:
             result = READERS[self.kind](value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UsageError(f"{name} {value!r} is not {WORDS[self.kind]} ({self.help})") from None
         if self.choices and result not in self.choices:
             raise UsageError(f"{name} {value!r} is not allowed: {', '.join(self.choices)} ({self.help})")
@@ -167,12 +167,22 @@ class Request:
         return np.repeat(rows, self.count, axis=0)
 
 
+def no_preview() -> list[Image]:
+    """Of an event that no pipeline made.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError("this step has no preview: it comes from no pipeline")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEvent:
     """One evaluation of the denoiser is done.
 
     `index` counts from 0 to `total` - 1, `timestep` is what the denoiser was told, `latents` float32 [count, C, h, w]
-    are the ones after the step, `seconds` took the whole step.
+    are the ones after the step, `seconds` took the whole step. ``preview()`` decodes what the step sees by the
+    artifact's tiny VAE, see `intaglio.runtimes.previews`; a UsageError says how to build one in.
     """
 
     index: int
@@ -180,6 +190,7 @@ class StepEvent:
     timestep: float
     latents: np.ndarray
     seconds: float
+    preview: Callable[[], list[Image]] = no_preview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,16 +235,25 @@ def check_finite(component: str, values: np.ndarray, *, step: int | None = None)
     )
 
 
-def to_images(pixels: np.ndarray) -> list[Image]:
-    """Pixels float32 [B, 3, H, W] in [-1, 1] to RGB images, rounded as diffusers' VaeImageProcessor does.
+def to_bytes(pixels: np.ndarray, decoder: str) -> np.ndarray:
+    """Pixels float32 [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded as diffusers' VaeImageProcessor does.
+
+    Raises:
+        NumericsError: NaN or infinity, naming the component `decoder` that made them.
+    """
+    scaled = (check_finite(decoder, pixels) * np.float32(0.5) + np.float32(0.5)).clip(0, 1)
+    return (scaled.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+
+
+def to_images(pixels: np.ndarray, decoder: str = "vae_decoder") -> list[Image]:
+    """The same as RGB images.
 
     Raises:
         NumericsError: NaN, infinity, or a picture of one single colour.
     """
     from PIL import Image
 
-    scaled = (check_finite("vae_decoder", pixels) * np.float32(0.5) + np.float32(0.5)).clip(0, 1)
-    bytes_ = (scaled.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+    bytes_ = to_bytes(pixels, decoder)
     for index, picture in enumerate(bytes_):
         if picture.min() == picture.max():
             raise NumericsError(f"image {index} has a single colour ({int(picture.min())}): the result is degenerate")

@@ -90,15 +90,17 @@ class DDIM:
         noised: Array = np.sqrt(bar) * clean + np.sqrt(1 - bar) * noise
         return noised
 
+    def clean(self, model_output: Array, index: int, sample: Array) -> Array:
+        """See `CleanEstimator`."""
+        s, bar = self._settings, self._alphas[index]
+        clean = TO_CLEAN[s.prediction_type](sample, model_output, np.sqrt(bar), np.sqrt(1 - bar))
+        return clean.clip(-s.clip_sample_range, s.clip_sample_range) if s.clip_sample else clean
+
     def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
         """One deterministic step; `draw` is not called."""
-        s = self._settings
         bar, bar_before = self._alphas[index], self._alphas_before[index]
-        alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
-        clean = TO_CLEAN[s.prediction_type](sample, model_output, alpha, sigma)
+        clean = self.clean(model_output, index, sample)
         # The noise is taken from before the clipping, as diffusers does without use_clipped_model_output.
-        noise = TO_NOISE[s.prediction_type](sample, model_output, alpha, sigma)
-        if s.clip_sample:
-            clean = clean.clip(-s.clip_sample_range, s.clip_sample_range)
+        noise = TO_NOISE[self._settings.prediction_type](sample, model_output, np.sqrt(bar), np.sqrt(1 - bar))
         stepped: Array = np.sqrt(bar_before) * clean + np.sqrt(1 - bar_before) * noise
         return stepped

@@ -106,10 +106,13 @@ class SigmaSampler:
         noised: Array = clean + noise * self.sigmas[index]
         return noised
 
+    def clean(self, model_output: Array, index: int, sample: Array) -> Array:
+        """See `CleanEstimator`."""
+        return SIGMA_TO_CLEAN[self._prediction_type](sample, model_output, self.sigmas[index])
+
     def _move(self, model_output: Array, sample: Array, index: int, sigma_to: np.float32) -> Array:
         """Follow the derivative at `index` to the noise level `sigma_to`."""
-        sigma = self.sigmas[index]
-        clean = SIGMA_TO_CLEAN[self._prediction_type](sample, model_output, sigma)
+        sigma, clean = self.sigmas[index], self.clean(model_output, index, sample)
         moved: Array = sample + (sample - clean) / sigma * (sigma_to - sigma)
         return moved
 

@@ -52,6 +52,17 @@ def calculate_shift(
     return image_seq_len * slope + (base_shift - slope * base_seq_len)
 
 
+def line_shift(config: SchedulerConfig, image_tokens: int) -> float:
+    """`calculate_shift` on the line that a checkpoint's scheduler configuration draws, or diffusers' where it has none.
+
+    Raises:
+        Unsupported: a configured value cannot be honoured.
+    """
+    s = config.settings(FlowMatchSettings)
+    lengths, shifts = (s.base_image_seq_len, s.max_image_seq_len), (s.base_shift, s.max_shift)
+    return calculate_shift(image_tokens, *lengths, *shifts)
+
+
 def empirical_mu(image_seq_len: int, num_steps: int) -> float:
     """The mu of FLUX.2: linear in the number of steps between the two lines fitted for 10 and for 200 steps."""
     at_10, at_200 = (slope * image_seq_len + offset for slope, offset in (MU_AT_10_STEPS, MU_AT_200_STEPS))
@@ -241,6 +252,12 @@ class FlowMatchEuler:
     def scale_model_input(self, sample: Array, index: int) -> Array:
         """`sample` itself."""
         return sample
+
+    def clean(self, model_output: Array, index: int, sample: Array) -> Array:
+        """See `CleanEstimator`: along the velocity to the last level."""
+        sample, velocity = sample.astype(np.float32, copy=False), model_output.astype(np.float32, copy=False)
+        moved: Array = sample + (self.sigmas[-1] - self.sigmas[index]) * velocity
+        return moved
 
     def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
         """Along the velocity to the next level; with ``stochastic_sampling`` to the clean latents and noised again."""

@@ -87,6 +87,14 @@ class NoiseAdder(Protocol):
         """`clean` with standard normal `noise` as it would be before evaluation `index`; float32 of their shape."""
 
 
+@runtime_checkable
+class CleanEstimator(Protocol):
+    """A scheduler that says what it takes the clean latents for, for previews."""
+
+    def clean(self, model_output: Array, index: int, sample: Array) -> Array:
+        """The clean latents as seen from evaluation `index`; arguments as for `Scheduler.step`, nothing is changed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(CommonSettings):
     """What the schedulers of diffusion models share: the noise schedule of the training, and the spacing of steps."""

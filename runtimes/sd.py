@@ -53,9 +53,11 @@ class StableDiffusion(Sampler):
         """See `Sampler.check`.
 
         Raises:
-            UsageError: a `clip_skip` beyond the layers there are, or a denoiser that wants a mask and a picture.
+            UsageError: a `clip_skip` beyond the layers there are; a negative prompt without guidance.
+            Unsupported: a denoiser that wants a mask and a picture.
         """
         super().check(request)
+        self.refuse_unread(request)
         if request.options["clip_skip"] > self.deepest_skip:
             raise UsageError(f"clip_skip {request.options['clip_skip']} is not allowed: 0 to {self.deepest_skip}")
         if self.settings["unet_in_channels"] != self.settings["latent_channels"]:

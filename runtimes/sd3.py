@@ -14,7 +14,7 @@ import numpy as np
 from intaglio.profiles.errors import ArtifactError, UsageError
 from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
-from intaglio.runtimes.scheduler_flow_match_euler import FlowMatchSettings, calculate_shift
+from intaglio.runtimes.scheduler_flow_match_euler import line_shift
 from intaglio.runtimes.text import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ ENCODERS = (*CLIPS, T5)
 SKIP_LAYERS = "skip_layers"
 LONGEST_TEXT = 512  # T5 tokens, StableDiffusion3Pipeline.check_inputs
 # diffusers' values, which are those Stability AI recommends for SD 3.5 Medium
-SKIP_GUIDANCE = {
-    "skip_layer_guidance_scale": 2.8,
-    "skip_layer_guidance_start": 0.01,
-    "skip_layer_guidance_stop": 0.2,
-}
+START, STOP = "skip_layer_guidance_start", "skip_layer_guidance_stop"
+SKIP_GUIDANCE = {"skip_layer_guidance_scale": 2.8, START: 0.01, STOP: 0.2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ class StableDiffusion3(Sampler):
 
         Raises:
             UsageError: a text length, a layer or a batch the artifact does not have; a text nobody would read;
-                skip-layer guidance without guidance or in an artifact without it.
+                skip-layer guidance without guidance, without a step, or in an artifact without it.
         """
         super().check(request)
         options = request.options
@@ -111,17 +108,15 @@ class StableDiffusion3(Sampler):
         for key in ("prompt_3", "negative_prompt_3"):
             if request.options[key] and T5 not in self.tokenizers:
                 raise UsageError(f"{key} is what T5 reads, and this artifact was built without it; leave {key} out")
-        negatives = {key: value for key, value in request.options.items() if key.startswith("negative_prompt")}
-        for key, text in {"negative_prompt": request.negative_prompt, **negatives}.items():
-            if text and not self.guided(request):
-                raise UsageError(f"{key} takes part with guidance above 1 only, it is {request.guidance_scale:g}")
+        self.refuse_unread(request, ("negative_prompt_2", "negative_prompt_3"))
 
     def check_skip_guidance(self, request: Request) -> None:
         """Refuse skip-layer guidance that would do nothing, or cannot be done."""
         given = [key for key in SKIP_GUIDANCE if request.options[key] is not None]
         if request.options["skip_layer_guidance"] is False and given:
             raise UsageError(f"{given[0]} was given with skip_layer_guidance false; leave one of them out")
-        if self.skip_guidance(request) is None:
+        window = self.skip_guidance(request)
+        if window is None:
             return
         if not self.settings[SKIP_LAYERS]:
             name = self.manifest.provenance["checkpoint"]
@@ -137,6 +132,12 @@ class StableDiffusion3(Sampler):
             raise UsageError(
                 f"{request.pictures} pictures with skip_layer_guidance need a batch of {rows}; "
                 f"the artifact allows {limit}: ask for fewer"
+            )
+        start, stop, steps = window[START], window[STOP], request.num_inference_steps
+        if not any(in_window(window, index, steps) for index in range(steps)):
+            raise UsageError(
+                f"no step of {steps} lies between skip_layer_guidance_start {start:g} and skip_layer_guidance_stop "
+                f"{stop:g}; ask for more steps, or set them further apart"
             )
 
     def encode(self, engines: Components, request: Request, clock: Clock) -> list[Branch]:
@@ -209,8 +210,7 @@ class StableDiffusion3(Sampler):
         window = self.skip_guidance(request)
         if window is None:
             return branches
-        start, stop = window["skip_layer_guidance_start"], window["skip_layer_guidance_stop"]
-        return branches if total * start < index < total * stop else branches[:-1]
+        return branches if in_window(window, index, total) else branches[:-1]
 
     def combine(self, request: Request, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Sampler.combine`; skip-layer guidance as Stability AI's SD 3.5 and diffusers add it."""
@@ -223,10 +223,13 @@ class StableDiffusion3(Sampler):
 
     def schedule(self, request: Request) -> dict[str, Any]:
         """See `Sampler.schedule`: the shift grows with the picture where the scheduler's configuration says so."""
-        config = self.scheduler_config.settings(FlowMatchSettings)
-        if not config.use_dynamic_shifting:
+        if not self.scheduler_config.values.get("use_dynamic_shifting"):
             return {}
         side = self.settings["patch_size"] * self.settings["vae_scale_factor"]
         tokens = (request.height // side) * (request.width // side)
-        lengths, shifts = (config.base_image_seq_len, config.max_image_seq_len), (config.base_shift, config.max_shift)
-        return {"mu": calculate_shift(tokens, *lengths, *shifts)}
+        return {"mu": line_shift(self.scheduler_config, tokens)}
+
+
+def in_window(window: Mapping[str, float], index: int, total: int) -> bool:
+    """Whether step `index` of `total` has skip-layer guidance, as diffusers counts."""
+    return total * window[START] < index < total * window[STOP]

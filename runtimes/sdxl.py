@@ -99,10 +99,7 @@ class StableDiffusionXL(Sampler):
                 raise UsageError(f"{name} has no reader: this artifact has one text encoder; leave it out")
         if options["negative_prompt_2"] and request.negative_prompt is None:
             raise UsageError("negative_prompt_2 takes part with a negative prompt only, and none was given")
-        given = {**options, "negative_prompt": request.negative_prompt}
-        for name in ("negative_prompt", *GUIDANCE_ONLY):
-            if given[name] and not self.guided(request):
-                raise UsageError(f"{name} takes part with guidance above 1 only, it is {request.guidance_scale:g}")
+        self.refuse_unread(request, GUIDANCE_ONLY)
 
     def check_picture(self, request: Request) -> None:
         """Refuse a start this artifact cannot make."""

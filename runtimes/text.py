@@ -137,26 +137,6 @@ class PromptTokenizer:
         return encoding.ids[:first], encoding.ids[last:]
 
 
-class ClipTokenizer:
-    """`PromptTokenizer` for text encoders that take ids alone.
-
-    Raises:
-        ArtifactError: see `PromptTokenizer`; the tokenizer has no longest input.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = PromptTokenizer(folder)
-        if self.tokenizer.length is None:
-            raise ArtifactError(f"{folder / 'tokenizer_config.json'} has no model_max_length; build the artifact again")
-        self.length: int = self.tokenizer.length
-        self.pad: int = self.tokenizer.pad
-        self.end: int = self.tokenizer.special_ids()[1][-1]
-
-    def __call__(self, prompts: Sequence[str], *, length: int | None = None) -> np.ndarray:
-        """Token ids int64 [B, length]: begin, text, end, padding."""
-        return self.tokenizer(prompts, length=length).ids
-
-
 def fill_template(template: str, prompt: str) -> str:
     """`template` with `prompt` in place of its first `MARKER`; neither's other braces mean anything.
 

@@ -8,33 +8,49 @@ instead of the picture: the result is close to the whole decode, not equal to it
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 GIB = float(1 << 30)
 TILE = 512  # pixels; AutoencoderKL's own tile for SD
 OVERLAP = 0.25  # of a tile, at least
-# Peak activations of a decoder: so many float32 maps of its last stage's channels at full size.
-# Measured with SD 1.5's decoder (128 channels) on ONNX Runtime, see docs/architecture.md.
-LIVE_MAPS = 6.0
+# Peak activations, measured with SD 1.5's decoder (128 channels in its last stage) at 256, 512, 768 pixels: 9.6, 10.2
+# and 14.1 float32 maps of those channels on ONNX Runtime, 14.4, 9.9 and 9.1 on OpenVINO. What grows faster on ONNX
+# Runtime is the attention of the middle block, which it does not compute in blocks: about three matrices of scores.
+LIVE_MAPS, SCORES = 10.0, 3.0
 
 
 class VaeTiled(UserWarning):
     """A picture was decoded in tiles; the message says how many and why."""
 
 
-def decode_bytes(height: int, width: int, channels: int, pictures: int = 1) -> float:
+def decode_bytes(
+    height: int, width: int, channels: int, factor: int, pictures: int = 1, *, attends: bool = True
+) -> float:
     """About how much memory the activations of a decode take, in bytes.
 
     Args:
         height: of the picture, in pixels.
         width: likewise.
         channels: feature channels of the decoder's last stage, at full size.
+        factor: pixels per latent along a side.
         pictures: decoded together.
+        attends: whether its middle block has attention.
     """
-    return LIVE_MAPS * 4.0 * channels * height * width * pictures
+    tokens = height * width / factor**2 if attends else 0
+    return 4.0 * pictures * (LIVE_MAPS * channels * height * width + SCORES * tokens**2)
+
+
+def decoder_kind(config: Path) -> tuple[int, bool]:
+    """Feature channels of the last stage of the decoder that a ``config.json`` describes; whether it has attention."""
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    if facts.get("_class_name") == "AutoencoderTiny":
+        return int(facts.get("decoder_block_out_channels", [64])[-1]), False
+    return int(facts["block_out_channels"][0] if "block_out_channels" in facts else facts["base_dim"]), True
 
 
 def starts(length: int, tile: int) -> list[int]:
@@ -77,7 +93,8 @@ def decode_tiled(
     pixels = np.zeros((batch, 3, height * factor, width * factor), np.float32)
     total = np.zeros(pixels.shape[2:], np.float32)
     for top, left in itertools.product(rows, columns):
-        part = decode(np.ascontiguousarray(latents[:, :, top : top + tall, left : left + wide]))
+        pieces = np.ascontiguousarray(latents[:, :, top : top + tall, left : left + wide])
+        part = np.concatenate([decode(piece[None]) for piece in pieces])  # memory is short: one at a time
         weight = np.outer(ramp(top, rows, tall, factor), ramp(left, columns, wide, factor))
         where = (slice(top * factor, (top + tall) * factor), slice(left * factor, (left + wide) * factor))
         pixels[(..., *where)] += part * weight

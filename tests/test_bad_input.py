@@ -305,7 +305,7 @@ GENERATE_ARGUMENTS = {
     ("--steps", "many"): ["--steps", "'many'", "intaglio generate --help"],
     ("--count", "0"): ["count 0", "1 or more"],
     ("--count=-1",): ["count -1", "1 or more"],
-    ("--count", "9"): ["count 9", "batch of 18", "allows 16", "fewer"],
+    ("--count", "9"): ["9 pictures", "batch of 18", "allows 16", "fewer"],
     ("--count", "17", "--guidance", "1"): ["17 pictures", "allows 16"],
     ("--seed=-1",): ["seed -1", "0 to 2**64 - 1"],
     ("--seed", str(2**64)): [str(2**64), "0 to 2**64 - 1"],

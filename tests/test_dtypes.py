@@ -12,7 +12,7 @@ from intaglio.exporters.build import build
 from intaglio.exporters.cast import cast_to_contract
 from intaglio.exporters.component import FAMILIES
 from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
-from intaglio.exporters.range_audit import LIMIT, Audit, Peak
+from intaglio.exporters.range_audit import LIMIT, Audit, AuditEngine, Peak, Place
 from intaglio.profiles.errors import NumericsError, Unsupported, UsageError
 from intaglio.profiles.family import Contract, load_family
 
@@ -123,6 +123,33 @@ def test_a_vae_that_overflows_float16_fails_the_build_by_name(tiny_checkpoint, c
     assert message.startswith("vae_decoder: ") and "(after decoder.conv_in" in message
     assert "at step" in message and "--dtype bf16" in message and "\n" not in message
     assert not (tmp_path / "built").exists()
+
+
+def test_t5_overflows_float16_in_wo_and_the_contracts_islands_hold_it(built_case, copy_artifact, tmp_path, monkeypatch):
+    import dataclasses
+
+    import intaglio.exporters.build as module
+
+    checkpoint = copy_artifact(built_case("flux dev").checkpoint, "t5")
+    scaled(checkpoint, "text_encoder_2/model.safetensors", "encoder.block.0.layer.1.DenseReluDense.wo.weight", 1e7)
+    plan, name = module.make_plan, "text_encoder_2"
+
+    def alone(*args, **options):
+        made = plan(*args, **options)
+        return dataclasses.replace(made, components=tuple(c for c in made.components if c.name == name))
+
+    monkeypatch.setattr(module, "make_plan", alone)
+    artifact = build(checkpoint, tmp_path / "built")
+    contract = load_family("flux").contract[name]
+
+    def audit(contract):
+        engine = AuditEngine(artifact, name, contract, Place(prompt="a cat"))
+        engine.run({"input_ids": np.arange(2, 34)[None]})
+        return Audit({name: engine.peaks})
+
+    audit(contract).check()
+    with pytest.raises(NumericsError, match=r"text_encoder_2: .*DenseReluDense\.wo\.weight\) reaches .* of 'a cat'"):
+        audit(dataclasses.replace(contract, float32_ops=(), float32_parameters=())).check()
 
 
 def test_in_range_peaks_are_kept_in_the_build_log_and_the_variant_lies_beside(

@@ -152,13 +152,13 @@ def test_nan_and_black_images_are_errors_that_name_the_component(tiny_artifact, 
 def test_tokens_equal_transformers(tiny_artifact, tiny_checkpoint):
     from transformers import CLIPTokenizer
 
-    from intaglio.runtimes.text import ClipTokenizer
+    from intaglio.runtimes.text import PromptTokenizer
 
-    ours = ClipTokenizer(tiny_artifact.folder / "tokenizer")
+    ours = PromptTokenizer(tiny_artifact.folder / "tokenizer")
     theirs = CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer")
     prompts = ["", "a red cat", "红心 on the moon", "UPPER  and\nspaces", "café 🙂", "x" * 100]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = ours(prompts)
+        found = ours(prompts).ids
     wanted = theirs(prompts, padding="max_length", truncation=True, max_length=16).input_ids
     np.testing.assert_array_equal(found, wanted)

