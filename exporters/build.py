@@ -2,157 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from intaglio import __version__
 from intaglio.exporters import additions
 from intaglio.exporters.capture import capture
-from intaglio.exporters.checkpoint import Checkpoint, Weights, open_checkpoint, source_digests, write_config
-from intaglio.exporters.checkpoint_index import digest_of, family_options, remember, remember_files
-from intaglio.exporters.component import Component, FamilyExporter, family_of
-from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
-from intaglio.exporters.lowering import TARGETS, Job, Lowered, lowering
+from intaglio.exporters.checkpoint import Checkpoint, Weights, source_digests, write_config
+from intaglio.exporters.checkpoint_index import digest_of, remember, remember_files
+from intaglio.exporters.component import Component
+from intaglio.exporters.lowering import Job, Lowered, lowering
 from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
-from intaglio.exporters.preview_vae import CONTRACTS, with_preview
+from intaglio.exporters.plan import Plan, audit_steps, audited, make_plan
 from intaglio.exporters.stages import Stages
 from intaglio.exporters.store import DATA, keep_stored_dtype, save_component, stored_tensors, weight_bindings
 from intaglio.profiles.artifact import Artifact, seal, writing
-from intaglio.profiles.errors import UsageError
-from intaglio.profiles.family import Contract, Family
 from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
-from intaglio.profiles.registry import pick, suggestion
-from intaglio.profiles.spec import ComponentRecord, Range
+from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.strict import to_dict
-from intaglio.quantize.formats import FORMATS, check_recipe
 from intaglio.quantize.rewrite import quantize_graph
 
-AUDIT_STEPS = "audit.steps"
-RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything a build needs, decided and checked before anything is written."""
-
-    checkpoint: Checkpoint
-    exporter: FamilyExporter
-    profile: Family
-    components: tuple[Component, ...]
-    shapes: Mapping[str, Range]
-    targets: tuple[str, ...]
-    recipe: Mapping[str, str]
-    options: Mapping[str, str]
-    dtypes: Mapping[str, Mapping[str, str]]
-    remarks: tuple[str, ...]
-
-    def target_options(self, target: str) -> dict[str, str]:
-        """The ``--set`` values of one target, without its name."""
-        return {k.partition(".")[2]: v for k, v in self.options.items() if k.partition(".")[0] == target}
-
-    def contract(self, component: str) -> Contract:
-        """Numerics of a component of this checkpoint."""
-        return contracts_of(self.components, self.profile)[component]
-
-
-def make_plan(
-    checkpoint: str | Path | Checkpoint,
-    *,
-    targets: Sequence[str] = ("onnx",),
-    quant: Mapping[str, str] | None = None,
-    dtype: Sequence[str] = (),
-    options: Mapping[str, str] | None = None,
-    config: str | Path | None = None,
-    loras: Sequence[str] = (),
-    embeddings: Sequence[str] = (),
-    preview_vae: str | None = None,
-) -> Plan:
-    """Check a build's inputs.
-
-    Args:
-        checkpoint: see `open_checkpoint`.
-        targets: of TARGETS; ``onnx`` is always among them, the others are lowered from it.
-        quant: component (or ``*``) to format.
-        dtype: ``fp16``, ``bf16`` or ``fp32`` to compute in, or ``target=fp16``, within the contracts; OpenVINO knows no
-            float32 islands, so that its fp16 is audited without them.
-        options: ``target.key`` or ``family.key`` to value.
-        config: diffusers folder whose configuration fits, for a single file that none of ours fits.
-        loras: ``PATH[:WEIGHT]`` of LoRAs to fuse, in order.
-        embeddings: ``PATH[:TOKEN]`` of textual inversions to add, in order.
-        preview_vae: folder of a diffusers AutoencoderTiny to export as a further decoder.
-
-    Raises:
-        ToolError: the first thing that cannot work.
-    """
-    opened = open_checkpoint(checkpoint, config=config, options=options)
-    exporter, profile = family_of(opened)
-    opened = dataclasses.replace(opened, options=family_options(options or {}, profile.name))
-    profile = dataclasses.replace(profile, contract={**CONTRACTS, **profile.contract})
-    opened = additions.with_additions(opened, exporter.components(opened), loras, embeddings, preview_vae)
-    components = with_preview(exporter.components(opened), opened, profile.name)
-    chosen = tuple(dict.fromkeys(("onnx", *targets)))
-    for target in chosen:
-        pick(TARGETS, target, "target")
-    recipe = expand_recipe(quant or {}, tuple(c.name for c in components))
-    contracts = contracts_of(components, profile)
-    dtypes, notes = compute_dtypes(contracts, chosen, parse_dtypes(dtype, chosen))
-    remarks = [*check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen)), *notes, *undone(opened), *opened.remarks]
-    remarks += opened.inversions.remarks({c.source: opened.config(c.source) for c in components})
-    plan = Plan(
-        checkpoint=opened,
-        exporter=exporter,
-        profile=profile,
-        components=components,
-        shapes=exporter.shapes(opened, profile),
-        targets=chosen,
-        recipe=recipe,
-        options=dict(options or {}),
-        dtypes=dtypes,
-        remarks=tuple(remarks),
-    )
-    check_options(plan)
-    for component in components:
-        opened.weights(component.source)
-    return plan
-
-
-def contracts_of(components: Sequence[Component], profile: Family) -> dict[str, Contract]:
-    """Numerics by component: the family's, as each component of this checkpoint takes them."""
-    return {c.name: c.contract(profile.contract.get(c.name, Contract())) for c in components}
-
-
-def expand_recipe(quant: Mapping[str, str], components: tuple[str, ...]) -> dict[str, str]:
-    """Format per component; ``*`` stands for all of them.
-
-    Raises:
-        UsageError: an unknown component or format.
-    """
-    for name, value in quant.items():
-        if name != "*" and name not in components:
-            raise UsageError(
-                f"--quant names the component {name!r}; allowed: {', '.join(components)}.{suggestion(name, components)}"
-            )
-        pick(FORMATS, value, "format")
-    return {c: quant.get(c, quant.get("*", "none")) for c in components}
-
-
-def check_options(plan: Plan) -> None:
-    """Every ``--set`` key belongs to the family or a target that is built, and every target can be built here."""
-    allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
-    allowed += [f"{plan.profile.name}.{o}" for o in plan.exporter.options]
-    allowed.append(AUDIT_STEPS)
-    audit_steps(plan.options)
-    for key in plan.options:
-        if key not in allowed and not key.startswith("checkpoint."):  # those were checked when it was opened
-            raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed) or 'none for these targets'}")
-    for target in plan.targets:
-        lowering(target).check(plan.target_options(target))
 
 
 def build(
@@ -276,20 +149,6 @@ def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[
     return parity
 
 
-def audited(plan: Plan) -> dict[str, Contract]:
-    """The components that some target computes in float16, with their contracts."""
-    found: dict[str, Contract] = {}
-    contracts = contracts_of(plan.components, plan.profile)
-    for target, rows in plan.dtypes.items():
-        for name in (n for n in contracts if rows[n] == "float16"):
-            contract = contracts[name]
-            if target == "openvino":  # its plugins know no islands: everything is float16
-                contract = dataclasses.replace(contract, float32_ops=(), float32_parameters=())
-            if target == "openvino" or name not in found:
-                found[name] = contract
-    return found
-
-
 def check_ranges(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:
     """Audit what is computed in float16 over all steps; returns the largest peaks.
 
@@ -306,27 +165,6 @@ def check_ranges(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, di
         audit = audit_ranges(artifact, contracts, steps=steps)
         audit.check()
     return audit.to_json()
-
-
-def audit_steps(options: Mapping[str, str]) -> int | None:
-    """``--set audit.steps=N``: denoising steps of the audit; ``None`` for the artifact's own number.
-
-    Raises:
-        UsageError: it is not a whole number from 1.
-    """
-    text = options.get(AUDIT_STEPS)
-    if text is not None and not (text.isdecimal() and int(text) > 0):
-        raise UsageError(f"--set {AUDIT_STEPS}={text} is not allowed: a whole number, 1 or more")
-    return None if text is None else int(text)
-
-
-def undone(checkpoint: Checkpoint) -> list[str]:
-    """Remarks on parts of the checkpoint that an artifact does not have."""
-    remarks = {
-        "safety_checker": "the checkpoint's safety_checker is not exported: pictures are not filtered by it",
-        "image_encoder": "the checkpoint's image_encoder is not exported: IP-Adapters are not supported",
-    }
-    return [remark for part, remark in remarks.items() if checkpoint.component_class(part) is not None]
 
 
 def draft_manifest(

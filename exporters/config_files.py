@@ -27,6 +27,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return _Config(data, path)
 
 
+def section(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """A JSON object inside of a configuration, such as ``text_config``; a key it lacks is a CheckpointError too.
+
+    Raises:
+        CheckpointError: `config`, which is that of the file `path`, has no such object.
+    """
+    inner = config.get(key)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path} has no {key!r} with the configuration of a model; the checkpoint is incomplete")
+    return _Config(inner, f"{path}: {key}")
+
+
 def write_config(config: Mapping[str, Any], path: Path) -> None:
     """Write a diffusers configuration without what libraries note about where it was loaded from."""
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
@@ -36,9 +48,9 @@ def write_config(config: Mapping[str, Any], path: Path) -> None:
 class _Config(dict[str, Any]):
     """A JSON object that knows its file, so that a key it lacks is the checkpoint's error and not ours."""
 
-    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, data: Mapping[str, Any], place: Path | str) -> None:
         super().__init__(data)
-        self._path = path
+        self._place = place
 
     def __missing__(self, key: str) -> Any:
-        raise CheckpointError(f"{self._path} has no {key!r}; the checkpoint is incomplete")
+        raise CheckpointError(f"{self._place} has no {key!r}; the checkpoint is incomplete")

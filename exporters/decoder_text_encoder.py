@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from intaglio.exporters.component import Component
+from intaglio.exporters.config_files import section
 from intaglio.exporters.parts import spec
 from intaglio.profiles.errors import CheckpointError, Unsupported
 
@@ -61,8 +62,7 @@ def text_config(checkpoint: Checkpoint, part: str) -> Mapping[str, Any]:
     if kind not in DECODERS:
         raise CheckpointError(f"{part} is a {kind}, allowed: {', '.join(DECODERS)}")
     key = DECODERS[kind].text
-    found: Mapping[str, Any] = config if key is None else config[key]
-    return found
+    return config if key is None else section(config, key, checkpoint.folder / part / "config.json")
 
 
 def decoder_text_encoder(

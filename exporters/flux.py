@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from intaglio.exporters.component import Component
 from intaglio.exporters.parts import (
+    PATCH,
     autoencoder,
+    check_classes,
     check_files,
     clip_text_encoder,
     copy_pipeline_files,
+    default_sides,
     fitted,
     pretrained,
     sampling_defaults,
-    sides,
     spec,
     t5_text_encoder,
     vae_scale_factor,
 )
+from intaglio.exporters.presets import OPTION, preset_of, preset_settings, write_preset_scheduler
 from intaglio.profiles.errors import CheckpointError, Unsupported
 from intaglio.profiles.spec import Range
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from intaglio.exporters.checkpoint import Checkpoint
     from intaglio.profiles.family import Family
 
+NAME = "flux"
 CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("T5EncoderModel",),
@@ -37,8 +41,6 @@ CLASSES = {
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-PATCH = 2  # latents along one side of a token
-DEFAULT_SIZE = 128  # latents along one side of diffusers' default picture
 ID_AXES = 3
 
 
@@ -140,13 +142,14 @@ def wrap_transformer(model: Any) -> torch.nn.Module:
 class Flux:
     """The exporter of the family."""
 
-    options: Mapping[str, str] = {}
+    options: Mapping[str, str] = OPTION
 
     def components(self, checkpoint: Checkpoint) -> tuple[Component, ...]:
         """CLIP and T5 text encoders, transformer, VAE encoder and decoder."""
         config = checkpoint.config("transformer")
         check_parts(checkpoint, config)
         check_files(checkpoint, TOKENIZERS)
+        preset_of(checkpoint, NAME)
         guided = config.get("guidance_embeds", False)
         channels = config["in_channels"]
         return (
@@ -174,9 +177,7 @@ class Flux:
 
     def shapes(self, checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
         """Sides in steps of a token around diffusers' default; CLIP's tokens up to its position embeddings."""
-        factor = vae_scale_factor(checkpoint)
-        own = dict.fromkeys(("height", "width"), DEFAULT_SIZE * factor)
-        ranges = sides(profile.shapes, own, smallest=PATCH * PATCH * factor, multiple=PATCH * factor)
+        ranges = default_sides(profile.shapes, vae_scale_factor(checkpoint))
         length = checkpoint.config("text_encoder")["max_position_embeddings"]
         return {**ranges, "tokens": fitted(ranges["tokens"], length)}
 
@@ -186,6 +187,7 @@ class Flux:
         return {
             **({} if guided else {"guidance_scale": 0.0}),
             **sampling_defaults(checkpoint),
+            **preset_settings(checkpoint, NAME),
             "guidance_embeds": guided,
             "latent_channels": vae["latent_channels"],
             "vae_scale_factor": vae_scale_factor(checkpoint),
@@ -194,8 +196,9 @@ class Flux:
         }
 
     def copy_files(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Pipeline index, scheduler, tokenizers."""
+        """Pipeline index, tokenizers, and the scheduler's configuration or the preset's."""
         copy_pipeline_files(checkpoint, folder, TOKENIZERS)
+        write_preset_scheduler(checkpoint, NAME, folder)
 
 
 def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
@@ -205,10 +208,7 @@ def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
         CheckpointError: a part of another class; a transformer that does not fit the VAE's latents.
         Unsupported: a transformer whose output has other channels than its input.
     """
-    for part, allowed in CLASSES.items():
-        found = checkpoint.component_class(part)
-        if found not in allowed:
-            raise CheckpointError(f"{part} is a {found}, allowed: {', '.join(allowed)}")
+    check_classes(checkpoint, CLASSES)
     channels, place = transformer["in_channels"], "transformer/config.json"
     latent_channels = checkpoint.config("vae")["latent_channels"]
     if channels != PATCH * PATCH * latent_channels:

@@ -11,14 +11,16 @@ import numpy as np
 
 from intaglio.exporters.component import Component
 from intaglio.exporters.decoder_text_encoder import decoder_text_encoder, text_config
-from intaglio.exporters.flux import rotary_table
+from intaglio.exporters.flux import rotary_table, time_table
 from intaglio.exporters.parts import (
+    PATCH,
     autoencoder,
+    check_classes,
     check_files,
     copy_pipeline_files,
+    default_sides,
     pretrained,
     sampling_defaults,
-    sides,
     spec,
     vae_scale_factor,
 )
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from intaglio.profiles.family import Family
 
 TOKENIZERS = ("tokenizer",)
-PATCH = 2  # latents along one side of a token
-DEFAULT_SIZE = 128  # latents along one side of diffusers' default picture
 TOKENS_OF_REFERENCE = 4096  # diffusers shrinks reference pictures to 1024 x 1024 pixels
 ID_AXES = 4
 OUT_LAYERS, REFERENCES = "text_encoder_out_layers", "reference_images"
@@ -78,11 +78,13 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def transformer_from_config(config: Mapping[str, Any]) -> Any:
-    """An untrained transformer whose rotary angles are float32."""
+    """An untrained transformer whose sinusoids, of positions, time and guidance, have constant frequencies."""
     from diffusers import Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel.from_config(config)
-    transformer.pos_embed = rotary_table(transformer.pos_embed.theta, transformer.pos_embed.axes_dim)
+    positions, embed = transformer.pos_embed, transformer.time_guidance_embed
+    transformer.pos_embed = rotary_table(positions.theta, positions.axes_dim)
+    embed.time_proj = time_table(embed.time_proj.num_channels)
     return transformer
 
 
@@ -168,9 +170,7 @@ class Flux2:
 
     def shapes(self, checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
         """Sides in steps of a token around diffusers' default; image tokens with those of the reference pictures."""
-        factor = vae_scale_factor(checkpoint)
-        own = dict.fromkeys(("height", "width"), DEFAULT_SIZE * factor)
-        ranges = sides(profile.shapes, own, smallest=PATCH * PATCH * factor, multiple=PATCH * factor)
+        ranges = default_sides(profile.shapes, vae_scale_factor(checkpoint))
         tokens = ranges["image_tokens"]
         unused = MOST_REFERENCES - references(checkpoint)
         return {**ranges, "image_tokens": replace(tokens, max=tokens.max - unused * TOKENS_OF_REFERENCE)}
@@ -278,13 +278,11 @@ def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
         Unsupported: patches that are not 2 x 2; klein with a guidance embedding, dev without.
     """
     wanted = {
-        "text_encoder": VARIANTS[checkpoint.pipeline_class].text_encoder,
-        "transformer": "Flux2Transformer2DModel",
-        "vae": "AutoencoderKLFlux2",
+        "text_encoder": (VARIANTS[checkpoint.pipeline_class].text_encoder,),
+        "transformer": ("Flux2Transformer2DModel",),
+        "vae": ("AutoencoderKLFlux2",),
     }
-    for part, name in wanted.items():
-        if checkpoint.component_class(part) != name:
-            raise CheckpointError(f"{part} is a {checkpoint.component_class(part)}, allowed: {name}")
+    check_classes(checkpoint, wanted)
     vae = checkpoint.config("vae")
     channels, packed = transformer["in_channels"], PATCH * PATCH * vae["latent_channels"]
     if channels != packed or (transformer.get("out_channels") or channels) != packed:

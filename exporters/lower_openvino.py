@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import openvino
 
 XML = "openvino_model.xml"
+SCALE_FACTOR = ("runtime_options", "ACTIVATIONS_SCALE_FACTOR")
 
 
 class LowerOpenVino:
@@ -42,6 +43,8 @@ class LowerOpenVino:
         model = openvino.Core().read_model(job.folder / GRAPH)
         for port, spec in zip((*model.inputs, *model.outputs), (*job.inputs, *job.outputs), strict=True):
             compare_port(job.component, port, spec)
+        if job.contract.activations_scale_factor:  # where optimum-intel puts it, and OpenVINO's GPU plugin reads it
+            model.set_rt_info(str(job.contract.activations_scale_factor), list(SCALE_FACTOR))
         openvino.save_model(model, job.folder / XML, compress_to_fp16=False)
         return Lowered(facts={"operators": operators(model), "constants": constants(model)})
 

@@ -6,7 +6,7 @@ Names follow optimum's ONNX exports (``optimum/exporters/onnx/model_configs.py``
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ OLD_VAE_ATTENTION = (
 OLD_TEXT_MODEL = ((r"^text_model\.", ""),)  # transformers 5 flattened CLIPTextModel
 CLIP_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 SCHEDULER = "scheduler/scheduler_config.json"
+PATCH = 2  # latents along one side of a token, where latents are packed
+DEFAULT_SIZE = 128  # latents along one side of diffusers' default picture in those families
 
 
 def spec(name: str, *shape: int | str, dtype: str = "float32") -> TensorSpec:
@@ -211,12 +213,15 @@ def wrap_vae_decoder(vae: Any) -> torch.nn.Module:
     return VaeDecoder()
 
 
-def autoencoder(checkpoint: Checkpoint, name: str = "AutoencoderKL", *, ignore: str = "") -> tuple[Component, ...]:
+def autoencoder(
+    checkpoint: Checkpoint, name: str = "AutoencoderKL", *, tiny: bool = True, ignore: str = ""
+) -> tuple[Component, ...]:
     """VAE encoder and decoder of AutoencoderKL and of classes built like it; of an AutoencoderTiny the decoder.
 
     Args:
         checkpoint: its folder ``vae``.
         name: the diffusers class.
+        tiny: whether the family goes without a VAE encoder, so that an AutoencoderTiny will do for AutoencoderKL.
         ignore: regular expression of further keys that are in neither graph.
 
     Raises:
@@ -225,7 +230,7 @@ def autoencoder(checkpoint: Checkpoint, name: str = "AutoencoderKL", *, ignore: 
     from intaglio.exporters.preview_vae import CLASS, own_decoder  # which is made of these parts
 
     found = checkpoint.config("vae").get("_class_name", name)
-    if found == CLASS and name == "AutoencoderKL":
+    if found == CLASS and name == "AutoencoderKL" and tiny:
         return (own_decoder(checkpoint),)
     if found != name:
         raise CheckpointError(f"{checkpoint.folder / 'vae/config.json'} is a {found}; allowed: {name}")
@@ -265,6 +270,17 @@ def vae_scale_factor(checkpoint: Checkpoint) -> int:
     return int(2 ** (len(checkpoint.config("vae")["block_out_channels"]) - 1))
 
 
+def default_sides(ranges: Mapping[str, Range], factor: int) -> dict[str, Range]:
+    """`sides` of the families whose tokens are patches of 2 x 2 latents, around diffusers' default picture.
+
+    Args:
+        ranges: of the profile.
+        factor: pixels per latent along one side.
+    """
+    own = dict.fromkeys(("height", "width"), DEFAULT_SIZE * factor)
+    return sides(ranges, own, smallest=PATCH * PATCH * factor, multiple=PATCH * factor)
+
+
 def sides(ranges: Mapping[str, Range], opt: Mapping[str, int], *, smallest: int, multiple: int) -> dict[str, Range]:
     """The profile's `ranges` with height and width around the checkpoint's own size.
 
@@ -301,6 +317,22 @@ def sampling_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(f"{checkpoint.folder / 'sampling_defaults.json'} has the unknown key {unknown[0]!r}")
     return defaults
+
+
+def check_classes(checkpoint: Checkpoint, allowed: Mapping[str, Sequence[str | None]]) -> None:
+    """Refuse parts of classes that a family cannot read.
+
+    Args:
+        checkpoint: its ``model_index.json`` names the classes.
+        allowed: part -> classes; None where the pipeline can go without it.
+
+    Raises:
+        CheckpointError: naming the part, its class and the allowed ones.
+    """
+    for part, classes in allowed.items():
+        found = checkpoint.component_class(part)
+        if found not in classes:
+            raise CheckpointError(f"{part} is a {found}, allowed: {', '.join(map(str, classes))}")
 
 
 def check_files(checkpoint: Checkpoint, tokenizers: tuple[str, ...]) -> None:

@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intaglio.exporters.checkpoint import Checkpoint, write_config
+from intaglio.exporters.checkpoint import Checkpoint
 from intaglio.exporters.component import Component
+from intaglio.exporters.config_files import section
 from intaglio.exporters.parts import (
-    SCHEDULER,
+    PATCH,
+    check_classes,
     check_files,
     copy_pipeline_files,
+    default_sides,
     pretrained,
     sampling_defaults,
-    sides,
     spec,
     untrained,
 )
+from intaglio.exporters.presets import OPTION, preset_of, preset_settings, write_preset_scheduler
 from intaglio.exporters.qwen_image_transformer import wrap_transformer
 from intaglio.exporters.qwen_image_vae import one_frame_autoencoder, scale_factor
 from intaglio.profiles.errors import CheckpointError, Unsupported
-from intaglio.profiles.family import Preset, load_family
-from intaglio.profiles.registry import pick
 from intaglio.profiles.spec import Range
 
 if TYPE_CHECKING:
@@ -31,17 +32,12 @@ if TYPE_CHECKING:
     from intaglio.profiles.family import Family
 
 NAME = "qwen_image"
-CLASSES = {
-    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
-    "transformer": "QwenImageTransformer2DModel",
-    "vae": "AutoencoderKLQwenImage",
-}
+TEXT_ENCODER, TRANSFORMER = "Qwen2_5_VLForConditionalGeneration", "QwenImageTransformer2DModel"
+CLASSES = {"text_encoder": (TEXT_ENCODER,), "transformer": (TRANSFORMER,), "vae": ("AutoencoderKLQwenImage",)}
 # Switches of the transformer's configuration that need inputs or layers this family does not feed. The guidance
 # embedding has no layer in diffusers' class, which fails on it.
 UNFED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 TOKENIZERS = ("tokenizer",)
-PATCH = 2  # latents along one side of a token
-DEFAULT_SIZE = 128  # latents along one side of diffusers' default picture
 ID_AXES = 3
 # `model.layers.0...` and `visual...` before transformers 4.52, `model.language_model.layers.0...` and
 # `model.visual...` since.
@@ -64,7 +60,7 @@ def text_model_from_config(config: Mapping[str, Any]) -> Any:
 
 def text_model(checkpoint: Checkpoint) -> Any:
     """The trained language model inside of Qwen2.5-VL."""
-    return pretrained("transformers", CLASSES["text_encoder"], "text_encoder")(checkpoint).model.language_model
+    return pretrained("transformers", TEXT_ENCODER, "text_encoder")(checkpoint).model.language_model
 
 
 def wrap_text_model(model: Any) -> torch.nn.Module:
@@ -98,16 +94,14 @@ def wrap_text_model(model: Any) -> torch.nn.Module:
 class QwenImage:
     """The exporter of the family."""
 
-    options: Mapping[str, str] = {
-        "preset": "schedule, steps and guidance of a distillation whose weights are in the checkpoint or a fused LoRA"
-    }
+    options: Mapping[str, str] = OPTION
 
     def components(self, checkpoint: Checkpoint) -> tuple[Component, ...]:
         """Text encoder, transformer, VAE encoder and decoder."""
         config = checkpoint.config("transformer")
         check_parts(checkpoint, config)
         check_files(checkpoint, TOKENIZERS)
-        preset_of(checkpoint)
+        preset_of(checkpoint, NAME)
         channels, width = config["in_channels"], config["joint_attention_dim"]
         return (
             Component(
@@ -127,8 +121,8 @@ class QwenImage:
             Component(
                 name="transformer",
                 source="transformer",
-                model=untrained("diffusers", CLASSES["transformer"]),
-                reference=pretrained("diffusers", CLASSES["transformer"], "transformer"),
+                model=untrained("diffusers", TRANSFORMER),
+                reference=pretrained("diffusers", TRANSFORMER, "transformer"),
                 wrap=wrap_transformer,
                 inputs=(
                     spec("hidden_states", "batch", "image_tokens", channels),
@@ -145,16 +139,14 @@ class QwenImage:
 
     def shapes(self, checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
         """Sides in steps of a token around diffusers' default."""
-        factor = scale_factor(checkpoint)
-        own = dict.fromkeys(("height", "width"), DEFAULT_SIZE * factor)
-        return sides(profile.shapes, own, smallest=PATCH * PATCH * factor, multiple=PATCH * factor)
+        return default_sides(profile.shapes, scale_factor(checkpoint))
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Prompt template, latent geometry and statistics, and what a preset says of steps and guidance."""
-        vae, preset = checkpoint.config("vae"), preset_of(checkpoint)
+        vae = checkpoint.config("vae")
         return {
             **sampling_defaults(checkpoint),
-            **(preset.settings if preset else {}),
+            **preset_settings(checkpoint, NAME),
             "prompt_template": TEMPLATE,
             "prompt_template_drop": TEMPLATE_DROP,
             "latent_channels": vae["z_dim"],
@@ -166,21 +158,7 @@ class QwenImage:
     def copy_files(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Pipeline index, tokenizer, and the scheduler's configuration or the preset's."""
         copy_pipeline_files(checkpoint, folder, TOKENIZERS)
-        preset = preset_of(checkpoint)
-        if preset is not None:
-            write_config(preset.scheduler, folder / SCHEDULER)
-
-
-def preset_of(checkpoint: Checkpoint) -> Preset | None:
-    """The preset that ``--set qwen_image.preset=`` names, if it does.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
-    name = checkpoint.options.get("preset")
-    if name is None:
-        return None
-    return pick(load_family(NAME).presets, name, f"{NAME}.preset")
+        write_preset_scheduler(checkpoint, NAME, folder)
 
 
 def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
@@ -190,15 +168,13 @@ def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
         CheckpointError: a part of another class; a transformer that does not fit the VAE or the text encoder.
         Unsupported: a transformer that needs inputs this family does not feed; a text encoder with a sliding window.
     """
-    for part, wanted in CLASSES.items():
-        found = checkpoint.component_class(part)
-        if found != wanted:
-            raise CheckpointError(f"{part} is a {found}, allowed: {wanted}")
+    check_classes(checkpoint, CLASSES)
     for key in UNFED:
         if transformer.get(key):
             raise Unsupported(f"transformer/config.json has {key} = true, which the family '{NAME}' does not feed")
-    text = checkpoint.config("text_encoder")
-    text = text.get("text_config") or text
+    text: Mapping[str, Any] = checkpoint.config("text_encoder")
+    if text.get("text_config"):
+        text = section(text, "text_config", checkpoint.folder / "text_encoder/config.json")
     if text.get("use_sliding_window"):
         raise Unsupported(f"text_encoder/config.json has use_sliding_window = true, which '{NAME}' does not export")
     place, latents = "transformer/config.json", checkpoint.config("vae")["z_dim"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from intaglio.exporters.component import Component
 from intaglio.exporters.parts import (
     autoencoder,
+    check_classes,
     check_files,
     clip_text_encoder,
     copy_pipeline_files,
@@ -32,7 +34,15 @@ if TYPE_CHECKING:
 # diffusers resizes to explicit sizes only when a latent side is not divisible by 2**num_upsamplers, decided in
 # Python; a huge value makes the general way the only one, so that one graph serves every size.
 ALWAYS_RESIZE = 30
-TEXT_ENCODERS = ("CLIPTextModel",)
+CLASSES = {
+    "text_encoder": ("CLIPTextModel",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+}
+# Inputs of a UNet that this family does not feed, by the key of its configuration that asks for them.
+UNFED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+# diffusers' StableDiffusionPipeline.__init__: fine-tunes saved by older versions say the size they were not made for.
+TRUSTED_VERSION, TRUSTED_SIZE = (0, 9), 64
 TOKENIZERS = ("tokenizer",)
 LONGEST_PROMPT = 4  # chunks of CLIP's tokens that one prompt may have
 
@@ -99,7 +109,7 @@ class StableDiffusion:
     def components(self, checkpoint: Checkpoint) -> tuple[Component, ...]:
         """Text encoder, UNet, VAE encoder and decoder."""
         unet = checkpoint.config("unet")
-        check_classes(checkpoint, unet)
+        check_parts(checkpoint, unet)
         check_files(checkpoint, TOKENIZERS)
         factor = vae_scale_factor(checkpoint)
         latent = (f"height/{factor}", f"width/{factor}")
@@ -120,13 +130,13 @@ class StableDiffusion:
 
     def shapes(self, checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
         """Sizes in steps of the VAE's factor around the checkpoint's own; tokens up to its position embeddings."""
-        ranges = unet_sides(checkpoint, profile)
+        ranges = unet_sides(checkpoint, profile, sample_size(checkpoint.config("unet")))
         length = checkpoint.config("text_encoder")["max_position_embeddings"]
         context = Range(min=min(ranges["context_tokens"].min, length), opt=length, max=LONGEST_PROMPT * length)
         return {**ranges, "tokens": fitted(ranges["tokens"], length), "context_tokens": context}
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Latent geometry and scaling, tokenizer length."""
+        """Latent geometry and scaling, the UNet's channels, the checkpoint's own steps and guidance."""
         unet, vae = checkpoint.config("unet"), checkpoint.config("vae")
         return {
             **sampling_defaults(checkpoint),
@@ -141,10 +151,17 @@ class StableDiffusion:
         copy_pipeline_files(checkpoint, folder, TOKENIZERS)
 
 
-def unet_sides(checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
-    """The profile's ranges with sides in steps of the VAE's factor around the UNet's own ``sample_size``."""
+def sample_size(unet: Mapping[str, Any]) -> int | list[int]:
+    """The latent side (or height and width) a UNet was made for, as diffusers' StableDiffusionPipeline reads it."""
+    size: int | list[int] = unet["sample_size"]
+    version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version", "")))
+    old = version is not None and tuple(map(int, version.groups())) < TRUSTED_VERSION
+    return TRUSTED_SIZE if old and isinstance(size, int) and size < TRUSTED_SIZE else size
+
+
+def unet_sides(checkpoint: Checkpoint, profile: Family, sample: int | list[int]) -> dict[str, Range]:
+    """The profile's ranges with sides in steps of the VAE's factor around the UNet's own, `sample` in latents."""
     factor, unet = vae_scale_factor(checkpoint), checkpoint.config("unet")
-    sample = unet["sample_size"]
     height, width = sample if isinstance(sample, list) else (sample, sample)
     # torch.export tells a 1x1 feature map from a larger one: the UNet's lowest level keeps at least 2.
     smallest = factor * (2 ** (len(unet["block_out_channels"]) - 1) + 1)
@@ -152,19 +169,22 @@ def unet_sides(checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
     return sides(profile.shapes, own, smallest=smallest, multiple=factor)
 
 
-def check_classes(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> None:
-    """Refuse what would otherwise be dropped in silence.
+def check_parts(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> None:
+    """Refuse what would otherwise be dropped in silence, or fail at the first picture.
 
     Raises:
-        CheckpointError: a text encoder of another class.
+        CheckpointError: a part of another class; a UNet that reads states of another width than the text encoder's.
         Unsupported: a UNet that needs inputs this family does not feed.
     """
-    text_class = checkpoint.component_class("text_encoder")
-    if text_class not in TEXT_ENCODERS:
-        raise CheckpointError(f"text_encoder is a {text_class}, allowed: {', '.join(TEXT_ENCODERS)}")
-    for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
+    check_classes(checkpoint, CLASSES)
+    for key in UNFED:
         if unet.get(key) is not None:
             raise Unsupported(f"unet/config.json has {key} = {unet[key]!r}, which the family 'sd' does not feed")
+    read, made = unet["cross_attention_dim"], checkpoint.config("text_encoder")["hidden_size"]
+    if read != made:
+        raise CheckpointError(
+            f"unet/config.json has cross_attention_dim = {read}; the text encoder's states are {made} wide"
+        )
 
 
 EXPORTER = StableDiffusion()

@@ -10,6 +10,7 @@ from intaglio.exporters.checkpoint import write_config
 from intaglio.exporters.component import Component
 from intaglio.exporters.parts import (
     autoencoder,
+    check_classes,
     check_files,
     clip_text_encoder,
     copy_pipeline_files,
@@ -20,6 +21,7 @@ from intaglio.exporters.parts import (
     t5_text_encoder,
     vae_scale_factor,
 )
+from intaglio.exporters.presets import OPTION, preset_of, preset_settings, write_preset_scheduler
 from intaglio.exporters.sd3_positions import TABLE, cropped_patch_embed, position_table
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.spec import Range
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from intaglio.exporters.checkpoint import Checkpoint
     from intaglio.profiles.family import Family
 
+NAME = "sd3"
 CLASSES = {
     "text_encoder": ("CLIPTextModelWithProjection",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
@@ -114,6 +117,7 @@ class StableDiffusion3:
     """The exporter of the family."""
 
     options: Mapping[str, str] = {
+        **OPTION,
         "t5": "false leaves the T5 text encoder out, as diffusers' text_encoder_3=None does",
         "skip_layers": "transformer blocks that skip-layer guidance leaves out: 7,8,9 for SD 3.5 Medium",
     }
@@ -123,6 +127,7 @@ class StableDiffusion3:
         config = checkpoint.config("transformer")
         check_parts(checkpoint, config)
         check_files(checkpoint, tokenizers(checkpoint))
+        preset_of(checkpoint, NAME)
         factor, skipped = vae_scale_factor(checkpoint), skip_layers(checkpoint)
         latent = (f"height/{factor}", f"width/{factor}")
         encoders = [clip_text_encoder(checkpoint, part, axis="clip_tokens") for part in CLIP_PARTS]
@@ -170,6 +175,7 @@ class StableDiffusion3:
         config, vae = checkpoint.config("transformer"), checkpoint.config("vae")
         return {
             **sampling_defaults(checkpoint),
+            **preset_settings(checkpoint, NAME),
             "joint_attention_dim": config["joint_attention_dim"],
             "latent_channels": vae["latent_channels"],
             "patch_size": config["patch_size"],
@@ -182,6 +188,7 @@ class StableDiffusion3:
     def copy_files(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Pipeline index, scheduler, tokenizers; without T5 the index says so, in diffusers' way."""
         copy_pipeline_files(checkpoint, folder, tokenizers(checkpoint))
+        write_preset_scheduler(checkpoint, NAME, folder)
         if not with_t5(checkpoint):
             absent = {T5: [None, None], T5_TOKENIZER: [None, None]}
             write_config({**checkpoint.index, **absent}, folder / "model_index.json")
@@ -240,10 +247,7 @@ def check_parts(checkpoint: Checkpoint, transformer: Mapping[str, Any]) -> None:
         Unsupported: an image encoder, which this family does not feed.
     """
     wanted = {**CLASSES, **({T5: (T5_CLASS,)} if with_t5(checkpoint) else {})}
-    for part, allowed in wanted.items():
-        found = checkpoint.component_class(part)
-        if found not in allowed:
-            raise CheckpointError(f"{part} is a {found}, allowed: {', '.join(allowed)}")
+    check_classes(checkpoint, wanted)
     if checkpoint.component_class("image_encoder") is not None:
         raise Unsupported("model_index.json has an image_encoder (IP-Adapter), which the family 'sd3' does not feed")
     clips = [checkpoint.config(part) for part in CLIP_PARTS]

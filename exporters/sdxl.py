@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intaglio.exporters.checkpoint import write_config
 from intaglio.exporters.component import Component
 from intaglio.exporters.parts import (
-    SCHEDULER,
     autoencoder,
+    check_classes,
     check_files,
     clip_text_encoder,
     copy_pipeline_files,
@@ -20,10 +19,9 @@ from intaglio.exporters.parts import (
     spec,
     vae_scale_factor,
 )
+from intaglio.exporters.presets import OPTION, preset_of, preset_settings, write_preset_scheduler
 from intaglio.exporters.sd import unet_from_config, unet_sides
 from intaglio.profiles.errors import CheckpointError, Unsupported
-from intaglio.profiles.family import Preset, load_family
-from intaglio.profiles.registry import pick
 from intaglio.profiles.spec import Range
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from intaglio.exporters.checkpoint import Checkpoint
     from intaglio.profiles.family import Family
 
+NAME = "sdxl"
 CLASSES = {
     "text_encoder": ("CLIPTextModel", None),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
@@ -113,18 +112,16 @@ def time_ids(checkpoint: Checkpoint) -> int:
 class StableDiffusionXL:
     """The exporter of the family."""
 
-    options: Mapping[str, str] = {
-        "preset": "schedule, steps and guidance of a distillation whose weights are in the checkpoint (turbo, …)"
-    }
+    options: Mapping[str, str] = OPTION
 
     def components(self, checkpoint: Checkpoint) -> tuple[Component, ...]:
         """One or two text encoders, UNet, VAE encoder and decoder."""
-        check_classes(checkpoint)
+        check_parts(checkpoint)
         check_unet(checkpoint)
-        preset_of(checkpoint)
+        preset_of(checkpoint, NAME)
         check_files(checkpoint, tokenizers(checkpoint))
         encoders = tuple(clip_text_encoder(checkpoint, part) for part in text_encoders(checkpoint))
-        return (*encoders, unet_component(checkpoint), *autoencoder(checkpoint))
+        return (*encoders, unet_component(checkpoint), *autoencoder(checkpoint, tiny=False))
 
     def shapes(self, checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
         """Sizes in steps of the VAE's factor around the checkpoint's own; tokens up to the position embeddings.
@@ -132,7 +129,7 @@ class StableDiffusionXL:
         Raises:
             CheckpointError: the text encoders take texts of different lengths.
         """
-        ranges = unet_sides(checkpoint, profile)
+        ranges = unet_sides(checkpoint, profile, checkpoint.config("unet")["sample_size"])
         lengths = {checkpoint.config(part)["max_position_embeddings"] for part in text_encoders(checkpoint)}
         if len(lengths) > 1:
             raise CheckpointError(f"the text encoders take {sorted(lengths)} tokens; both must take as many")
@@ -140,10 +137,10 @@ class StableDiffusionXL:
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Latent geometry and scaling, and what the pipeline does with prompts, pictures and scores."""
-        vae, index, preset = checkpoint.config("vae"), checkpoint.index, preset_of(checkpoint)
+        vae, index = checkpoint.config("vae"), checkpoint.index
         return {
             **sampling_defaults(checkpoint),
-            **(preset.settings if preset else {}),
+            **preset_settings(checkpoint, NAME),
             "latent_channels": vae["latent_channels"],
             "vae_scale_factor": vae_scale_factor(checkpoint),
             "scaling_factor": vae.get("scaling_factor", 0.18215),
@@ -158,31 +155,16 @@ class StableDiffusionXL:
     def copy_files(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Pipeline index, tokenizers, and the scheduler's configuration or the preset's."""
         copy_pipeline_files(checkpoint, folder, tokenizers(checkpoint))
-        preset = preset_of(checkpoint)
-        if preset is not None:
-            write_config(preset.scheduler, folder / SCHEDULER)
+        write_preset_scheduler(checkpoint, NAME, folder)
 
 
-def preset_of(checkpoint: Checkpoint) -> Preset | None:
-    """The preset that ``--set sdxl.preset=`` names, if it does.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
-    name = checkpoint.options.get("preset")
-    return None if name is None else pick(load_family("sdxl").presets, name, "sdxl.preset")
-
-
-def check_classes(checkpoint: Checkpoint) -> None:
+def check_parts(checkpoint: Checkpoint) -> None:
     """Refuse parts that this family cannot read.
 
     Raises:
         CheckpointError: a part of another class; a text encoder without its tokenizer or the other way round.
     """
-    for part, allowed in CLASSES.items():
-        found = checkpoint.component_class(part)
-        if found not in allowed:
-            raise CheckpointError(f"{part} is a {found}, allowed: {', '.join(str(a) for a in allowed)}")
+    check_classes(checkpoint, CLASSES)
     for part, tokenizer in TOKENIZERS.items():
         if (checkpoint.component_class(part) is None) != (checkpoint.component_class(tokenizer) is None):
             raise CheckpointError(f"model_index.json has only one of {part} and {tokenizer}; it needs both or neither")

@@ -47,10 +47,10 @@ class Contract:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A distillation of the family: `settings` over the checkpoint's own, `scheduler` in place of its configuration."""
+    """A distillation of the family: `settings` over the checkpoint's own, `scheduler`, if any, in place of its own."""
 
     settings: dict[str, Any]
-    scheduler: dict[str, Any]
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,7 +172,7 @@ BUILD_ARGUMENTS = {
     ("--quant", "=int8"): ["'=int8'", "[COMPONENT=]FORMAT", "for example"],
     ("--quant", ""): ["''", "[COMPONENT=]FORMAT", "for example"],
     ("--set", "tensorrt"): ["'tensorrt'", "KEY=VALUE"],
-    ("--set", "tensorrt.sm=sm89"): ["tensorrt.sm", "is unknown here", "allowed: none for these targets"],
+    ("--set", "tensorrt.sm=sm89"): ["tensorrt.sm", "is unknown here", "allowed: audit.steps"],
     ("--set", "openvino.speed=1"): ["openvino.speed", "is unknown here", "allowed"],
     ("--taget", "openvino"): ["--taget", "intaglio build --help"],
     ("--target",): ["--target", "expected one argument"],

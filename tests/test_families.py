@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import tiny
 from families import (
@@ -24,10 +25,14 @@ from families import (
     passes,
 )
 
+from intaglio.exporters.cast import HALVES, cast_to_contract
 from intaglio.exporters.component import FAMILIES
+from intaglio.exporters.store import GRAPH
 from intaglio.profiles.errors import UsageError
+from intaglio.profiles.family import load_family
 from intaglio.runtimes.fidelity import relative_l2
 
+NORMS = ("Pow", "ReduceMean", "Sqrt", "Reciprocal", "LayerNormalization", "RMSNormalization", "GroupNormalization")
 GOLDEN = Path(__file__).parent / "golden/tensor_names.json"
 
 
@@ -67,6 +72,26 @@ def test_tensor_names_are_those_other_tools_expect(run, pytestconfig):
     if pytestconfig.getoption("--update-golden"):
         GOLDEN.write_text(json.dumps({**golden, family: found}, indent=1) + "\n")
     assert found == json.loads(GOLDEN.read_text())[family]
+
+
+def test_norms_stay_in_float32_under_the_contracts(run):
+    """A norm that torch decomposes is whole in float32: a narrow x * rsqrt(...) scales whole tokens wrongly."""
+    contracts = load_family(run.case.family).contract
+    for name in run.built.artifact.manifest.components:
+        contract = contracts[name]
+        if contract.dtype == "float32":
+            continue
+        model = ir.load(run.built.artifact.component(name) / GRAPH)
+        cast_to_contract(model, contract.dtype, contract)
+        for node in model.graph:
+            if node.op_type in NORMS or any(i is not None and feeds_norm(i) for i in node.inputs):
+                floats = [v.dtype for v in node.outputs if v.dtype in HALVES]
+                assert not floats, f"{name}: {node.op_type} {node.name}"
+
+
+def feeds_norm(value):
+    producer = value.producer()
+    return producer is not None and producer.op_type in ("Reciprocal", "Sqrt") and value.dtype == ir.DataType.FLOAT
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPTS], ids=["alone", "batch"])

@@ -229,3 +229,10 @@ def test_unequal_parts_of_a_split_keep_their_sizes(sizes):
     x, k = np.arange(10, dtype=np.float32).reshape(5, 2), np.array([2, 3])
     for found, wanted in zip(session.run(None, {"x": x, "k": k}), np.split(x, [2]), strict=True):
         assert np.array_equal(found, wanted)
+
+
+def test_the_ir_carries_the_scale_factor_of_its_activations(built_case):
+    import openvino
+
+    model = openvino.Core().read_model(built_case("flux dev").artifact.component("transformer") / "openvino_model.xml")
+    assert model.get_rt_info(["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]).astype(str) == "8.0"

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from intaglio.exporters.build import build, make_plan
+from intaglio.exporters.build import build
+from intaglio.exporters.plan import make_plan
 from intaglio.exporters.capture import match_parameters
 from intaglio.exporters.checkpoint import Weights, open_checkpoint
 from intaglio.exporters.component import family_of

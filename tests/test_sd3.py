@@ -11,7 +11,8 @@ import pytest
 import tiny_sd3
 from cases import diffusers_answer, diffusers_pipeline
 
-from intaglio.exporters.build import build, make_plan
+from intaglio.exporters.build import build
+from intaglio.exporters.plan import make_plan
 from intaglio.exporters.checkpoint import Weights
 from intaglio.exporters.sd3_positions import KEY, cropped_patch_embed, position_table
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError

@@ -9,7 +9,8 @@ import pytest
 import tiny_sdxl
 from cases import HEIGHT, WIDTH, diffusers_pipeline
 
-from intaglio.exporters.build import build, make_plan
+from intaglio.exporters.build import build
+from intaglio.exporters.plan import make_plan
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.family import load_family
 from intaglio.runtimes.fidelity import relative_l2

@@ -11,7 +11,7 @@ from intaglio.runtimes.fidelity import psnr
 from intaglio.runtimes.pipeline import load
 from intaglio.runtimes.tiling import OVERLAP, VaeTiled, decode_bytes, decode_tiled, ramp, starts
 
-CLOSE = 25.0  # dB of the tiled to the whole picture; 26.5 measured, with tiles of 8x8 latents where real ones have 64x64
+CLOSE = 25.0  # dB of the tiled to the whole picture; 26.5 measured, with tiles of 8x8 latents, not 64x64
 
 
 @pytest.mark.parametrize("length", [64, 65, 100, 128, 200, 256])

@@ -1,0 +1,36 @@
+"""Artifacts of which only the components under test were built; the others come from one that was built before."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intaglio.profiles.artifact import Artifact
+
+
+def build_only(checkpoint: Path, folder: Path, *names: str, **options: Any) -> Artifact:
+    """Build these components alone."""
+    import intaglio.exporters.build as module
+
+    plan = module.make_plan
+
+    def some(*args: Any, **more: Any) -> Any:
+        made = plan(*args, **more)
+        return dataclasses.replace(made, components=tuple(c for c in made.components if c.name in names))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_plan", some)
+        return module.build(checkpoint, folder, **options)
+
+
+def completed(part: Artifact, whole: Artifact, *names: str) -> Artifact:
+    """`part` with these components of `whole` copied in; its sums no longer fit, so it can be loaded as it is only."""
+    for name in names:
+        shutil.copytree(whole.component(name), part.component(name))
+    components = {name: whole.manifest.components[name] for name in names}
+    manifest = dataclasses.replace(part.manifest, components={**part.manifest.components, **components})
+    return dataclasses.replace(part, manifest=manifest)
