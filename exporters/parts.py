@@ -30,6 +30,7 @@ OLD_VAE_ATTENTION = (
     (r"\.proj_attn\.", ".to_out.0."),
 )
 OLD_TEXT_MODEL = ((r"^text_model\.", ""),)  # transformers 5 flattened CLIPTextModel
+LONGEST_PROMPT = 4  # chunks of CLIP's tokens that one prompt may have
 CLIP_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 SCHEDULER = "scheduler/scheduler_config.json"
 PATCH = 2  # latents along one side of a token, where latents are packed
@@ -302,6 +303,11 @@ def sides(ranges: Mapping[str, Range], opt: Mapping[str, int], *, smallest: int,
 def fitted(bounds: Range, length: int) -> Range:
     """A token range whose optimum and maximum are `length`."""
     return Range(min=min(bounds.min, length), opt=length, max=length)
+
+
+def context(ranges: Mapping[str, Range], length: int) -> Range:
+    """Tokens that a UNet reads: chunks of what its CLIP encoders read, `length` each."""
+    return Range(min=min(ranges["context_tokens"].min, length), opt=length, max=LONGEST_PROMPT * length)
 
 
 def sampling_defaults(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from intaglio.exporters.parts import (
     check_classes,
     check_files,
     clip_text_encoder,
+    context,
     copy_pipeline_files,
     fitted,
     pretrained,
@@ -23,6 +24,7 @@ from intaglio.exporters.parts import (
     vae_scale_factor,
 )
 from intaglio.profiles.errors import CheckpointError, Unsupported
+from intaglio.profiles.family import Contract
 from intaglio.profiles.spec import Range
 
 if TYPE_CHECKING:
@@ -44,7 +46,6 @@ UNFED = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "tim
 # diffusers' StableDiffusionPipeline.__init__: fine-tunes saved by older versions say the size they were not made for.
 TRUSTED_VERSION, TRUSTED_SIZE = (0, 9), 64
 TOKENIZERS = ("tokenizer",)
-LONGEST_PROMPT = 4  # chunks of CLIP's tokens that one prompt may have
 
 
 def wrap_unet(model: Any) -> torch.nn.Module:
@@ -101,6 +102,11 @@ def text_encoder(checkpoint: Checkpoint) -> Component:
     return dataclasses.replace(plain, wrap=wrap_text_encoder, outputs=outputs)
 
 
+def upcast_attention(contract: Contract) -> Contract:
+    """The numerics of a UNet whose attention overflows float16 (SD 2.1 at 768): ``upcast_attention`` in its config."""
+    return dataclasses.replace(contract, float32_ops=(*contract.float32_ops, "Attention"))
+
+
 class StableDiffusion:
     """The exporter of the family."""
 
@@ -124,6 +130,7 @@ class StableDiffusion:
                 wrap=wrap_unet,
                 inputs=(spec("sample", "batch", unet["in_channels"], *latent), spec("timestep", "batch"), states),
                 outputs=(spec("out_sample", "batch", unet["out_channels"], *latent),),
+                contract=upcast_attention if unet.get("upcast_attention") else lambda contract: contract,
             ),
             *autoencoder(checkpoint),
         )
@@ -132,8 +139,7 @@ class StableDiffusion:
         """Sizes in steps of the VAE's factor around the checkpoint's own; tokens up to its position embeddings."""
         ranges = unet_sides(checkpoint, profile, sample_size(checkpoint.config("unet")))
         length = checkpoint.config("text_encoder")["max_position_embeddings"]
-        context = Range(min=min(ranges["context_tokens"].min, length), opt=length, max=LONGEST_PROMPT * length)
-        return {**ranges, "tokens": fitted(ranges["tokens"], length), "context_tokens": context}
+        return {**ranges, "tokens": fitted(ranges["tokens"], length), "context_tokens": context(ranges, length)}
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Latent geometry and scaling, the UNet's channels, the checkpoint's own steps and guidance."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from intaglio.exporters.parts import (
     check_classes,
     check_files,
     clip_text_encoder,
+    context,
     copy_pipeline_files,
     fitted,
     pretrained,
@@ -22,6 +24,7 @@ from intaglio.exporters.parts import (
 from intaglio.exporters.presets import OPTION, preset_of, preset_settings, write_preset_scheduler
 from intaglio.exporters.sd import unet_from_config, unet_sides
 from intaglio.profiles.errors import CheckpointError, Unsupported
+from intaglio.profiles.family import Contract
 from intaglio.profiles.spec import Range
 
 if TYPE_CHECKING:
@@ -86,12 +89,17 @@ def unet_component(checkpoint: Checkpoint) -> Component:
         inputs=(
             spec("sample", "batch", config["in_channels"], *latent),
             spec("timestep", "batch"),
-            spec("encoder_hidden_states", "batch", "tokens", config["cross_attention_dim"]),
+            spec("encoder_hidden_states", "batch", "context_tokens", config["cross_attention_dim"]),
             spec("text_embeds", "batch", checkpoint.config("text_encoder_2")["projection_dim"]),
             spec("time_ids", "batch", time_ids(checkpoint)),
         ),
         outputs=(spec("out_sample", "batch", config["out_channels"], *latent),),
     )
+
+
+def made_for_float16(contract: Contract) -> Contract:
+    """The numerics of a VAE that was scaled down so that it fits float16: it says ``force_upcast`` false."""
+    return dataclasses.replace(contract, dtype="float16", allowed=("float16", "bfloat16", "float32"))
 
 
 def text_encoders(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -121,7 +129,10 @@ class StableDiffusionXL:
         preset_of(checkpoint, NAME)
         check_files(checkpoint, tokenizers(checkpoint))
         encoders = tuple(clip_text_encoder(checkpoint, part) for part in text_encoders(checkpoint))
-        return (*encoders, unet_component(checkpoint), *autoencoder(checkpoint, tiny=False))
+        vae = autoencoder(checkpoint, tiny=False)
+        if checkpoint.config("vae").get("force_upcast", True) is False:
+            vae = tuple(dataclasses.replace(part, contract=made_for_float16) for part in vae)
+        return (*encoders, unet_component(checkpoint), *vae)
 
     def shapes(self, checkpoint: Checkpoint, profile: Family) -> dict[str, Range]:
         """Sizes in steps of the VAE's factor around the checkpoint's own; tokens up to the position embeddings.
@@ -133,7 +144,8 @@ class StableDiffusionXL:
         lengths = {checkpoint.config(part)["max_position_embeddings"] for part in text_encoders(checkpoint)}
         if len(lengths) > 1:
             raise CheckpointError(f"the text encoders take {sorted(lengths)} tokens; both must take as many")
-        return {**ranges, "tokens": fitted(ranges["tokens"], lengths.pop())}
+        length = lengths.pop()
+        return {**ranges, "tokens": fitted(ranges["tokens"], length), "context_tokens": context(ranges, length)}
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Latent geometry and scaling, and what the pipeline does with prompts, pictures and scores."""

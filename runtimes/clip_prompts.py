@@ -18,14 +18,15 @@ PROMPT_WEIGHTS = Parameter(
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
-def chunked(tokenizer: PromptTokenizer, prompts: Sequence[str], context: Range) -> list[Chunks]:
-    """The prompts as equally many chunks.
+def chunked(tokenizer: PromptTokenizer, prompts: Sequence[str], context: Range, *, least: int = 1) -> list[Chunks]:
+    """The prompts as equally many chunks, `least` or more.
 
     Raises:
         UsageError: they need more chunks than the UNet of this artifact takes.
     """
     length = tokenizer.length or context.opt
-    chunks = pad_chunks(tokenizer, *(encode_chunks(tokenizer, p, length=length) for p in prompts))
+    filler = encode_chunks(tokenizer, " BREAK ".join([","] * least), length=length)  # as many chunks, thrown away
+    chunks = pad_chunks(tokenizer, filler, *(encode_chunks(tokenizer, p, length=length) for p in prompts))[1:]
     context.check(f"a prompt of {len(chunks[0].ids)} chunks: {CONTEXT}", len(chunks[0].ids) * length)
     return chunks
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from intaglio.profiles.errors import Unsupported, UsageError
+from intaglio.runtimes.clip_prompts import CONTEXT, PROMPT_WEIGHTS, chunked, encode_chunked
 from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
 from intaglio.runtimes.schedulers import Draw, NoiseAdder, Scheduler
@@ -39,6 +40,7 @@ class StableDiffusionXL(Sampler):
         "prompt_2": Parameter(kind=str, default="", help="what the second encoder reads; empty: the prompt"),
         "negative_prompt_2": Parameter(kind=str, default="", help="likewise; empty: the negative prompt"),
         "clip_skip": Parameter(kind=int, default=0, help="further layers of CLIP the prompt leaves out", minimum=0),
+        "prompt_weights": PROMPT_WEIGHTS,
         "guidance_rescale": Parameter(
             kind=float, default=0.0, help="how far guidance keeps the contrast, arXiv:2305.08891", minimum=0, maximum=1
         ),
@@ -117,34 +119,61 @@ class StableDiffusionXL(Sampler):
     def encode(self, engines: Components, request: Request, clock: Clock) -> list[Branch]:
         """See `Sampler.encode`; without a negative prompt its states are zeros where the checkpoint wants them so."""
         options, negative = request.options, request.negative_prompt
-        texts = {"text_encoder": request.prompts, "text_encoder_2": request.prompts}
+        texts: dict[str, tuple[str, ...]] = {"text_encoder": request.prompts, "text_encoder_2": request.prompts}
         if options["prompt_2"]:
             texts["text_encoder_2"] = (options["prompt_2"],) * len(request.prompts)
-        states = {"conditional": self.texts(engines, texts, options["clip_skip"], clock)}
-        if self.guided(request) and negative is None and self.settings["force_zeros_for_empty_prompt"]:
+        zeros = negative is None and self.settings["force_zeros_for_empty_prompt"]
+        avoided = {
+            "text_encoder": (negative or "",),
+            "text_encoder_2": (options["negative_prompt_2"] or negative or "",),
+        }
+        told: list[dict[str, tuple[str, ...]]] = [texts, avoided] if self.guided(request) and not zeros else [texts]
+        chunks = self.count_chunks(told) if options["prompt_weights"] else 0
+        states = {"conditional": self.texts(engines, texts, options["clip_skip"], chunks, clock)}
+        if self.guided(request) and zeros:
             states["negative"] = {name: np.zeros_like(v) for name, v in states["conditional"].items()}
         elif self.guided(request):
-            second = options["negative_prompt_2"] or negative or ""
-            texts = {"text_encoder": (negative or "",), "text_encoder_2": (second,)}
-            states["negative"] = self.texts(engines, texts, 0, clock)
-        told = time_ids(request, scored=self.settings["requires_aesthetics_score"])
-        ids = dict(zip(("conditional", "negative"), told, strict=True))
+            # diffusers skips layers of the prompt alone, webuis of both.
+            skip = options["clip_skip"] if options["prompt_weights"] else 0
+            states["negative"] = self.texts(engines, avoided, skip, chunks, clock)
+        numbers = time_ids(request, scored=self.settings["requires_aesthetics_score"])
+        ids = dict(zip(("conditional", "negative"), numbers, strict=True))
         rows = {name: {**feeds, "time_ids": ids[name]} for name, feeds in states.items()}
         return [Branch(name=n, feeds={k: request.per_picture(v) for k, v in r.items()}) for n, r in rows.items()]
 
-    def texts(self, engines: Components, texts: Mapping[str, Sequence[str]], skip: int, clock: Clock) -> Feeds:
+    def count_chunks(self, told: Sequence[Mapping[str, Sequence[str]]]) -> int:
+        """Chunks of the longest text: both encoders' states lie side by side, both branches' in one batch."""
+        context = self.manifest.shapes[CONTEXT]
+        rows = [chunked(t, texts[name], context) for name, t in self.tokenizers.items() for texts in told]
+        return max(len(chunks[0].ids) for chunks in rows)
+
+    def texts(
+        self, engines: Components, texts: Mapping[str, Sequence[str]], skip: int, chunks: int, clock: Clock
+    ) -> Feeds:
         """States of the encoders side by side, [B, T, D], and the pooled vectors of the last one, [B, P].
 
-        The states are those before the last layer, or `skip` layers earlier.
+        The states are those before the last layer, or `skip` layers earlier. With `chunks` the texts have weights and
+        that many chunks; the pooled vector is the first chunk's, as in webuis.
         """
         states = []
         for name, tokenizer in self.tokenizers.items():
-            with clock.stage("tokenize"):
-                ids = tokenizer(texts[name]).ids
-            with clock.stage(name):
-                outputs = engines[name].run({"input_ids": ids})
-            states.append(check_finite(name, outputs[f"hidden_states.{self.layers[name] - 1 - skip}"]))
-        return {"encoder_hidden_states": np.concatenate(states, axis=-1), "text_embeds": outputs["text_embeds"]}
+
+            def encode(ids: np.ndarray, name: str = name) -> tuple[np.ndarray, np.ndarray | None]:
+                with clock.stage(name):
+                    outputs = engines[name].run({"input_ids": ids})
+                found = check_finite(name, outputs[f"hidden_states.{self.layers[name] - 1 - skip}"])
+                return found, outputs.get("text_embeds")
+
+            if chunks:
+                split = chunked(tokenizer, texts[name], self.manifest.shapes[CONTEXT], least=chunks)
+                found, pooled = encode_chunked(encode, split)
+            else:
+                with clock.stage("tokenize"):
+                    ids = tokenizer(texts[name]).ids
+                found, pooled = encode(ids)
+            states.append(found)
+        assert pooled is not None  # the last encoder has a projection
+        return {"encoder_hidden_states": np.concatenate(states, axis=-1), "text_embeds": pooled}
 
     def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
         """See `Sampler.model_feeds`."""

@@ -31,6 +31,7 @@ def completed(part: Artifact, whole: Artifact, *names: str) -> Artifact:
     """`part` with these components of `whole` copied in; its sums no longer fit, so it can be loaded as it is only."""
     for name in names:
         shutil.copytree(whole.component(name), part.component(name))
-    components = {name: whole.manifest.components[name] for name in names}
-    manifest = dataclasses.replace(part.manifest, components={**part.manifest.components, **components})
-    return dataclasses.replace(part, manifest=manifest)
+    ours, theirs = part.manifest, whole.manifest
+    components = {**ours.components, **{name: theirs.components[name] for name in names}}
+    contract = {**theirs.contract, **ours.contract}
+    return dataclasses.replace(part, manifest=dataclasses.replace(ours, components=components, contract=contract))

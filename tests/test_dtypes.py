@@ -174,3 +174,21 @@ def test_the_first_tensor_that_leaves_the_range_is_named_and_not_a_number_counts
     with pytest.raises(NumericsError, match=r"unet: b reaches nan at step 3 of 'y'.*\(2 such tensors\)"):
         Audit(peaks).check()
     Audit({"unet": {"c": Peak(LIMIT)}}).check()
+
+
+def test_a_checkpoint_may_tighten_or_loosen_its_familys_contract(built_case, copy_artifact, tiny_checkpoint):
+    from intaglio.exporters.plan import make_plan
+
+    def configured(folder, part, **changes):
+        file = folder / part / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return folder
+
+    fixed = configured(copy_artifact(built_case("sdxl").checkpoint, "fixed"), "vae", force_upcast=False)
+    for folder, dtype in ((built_case("sdxl").checkpoint, "float32"), (fixed, "float16")):
+        plan = make_plan(folder, dtype=["fp16"])
+        assert plan.dtypes["onnx"]["vae_decoder"] == dtype
+        assert any("vae_decoder stays in fp32" in remark for remark in plan.remarks) == (dtype == "float32")
+    loud = configured(copy_artifact(tiny_checkpoint, "sd21"), "unet", upcast_attention=True)
+    assert "Attention" in make_plan(loud).contract("unet").float32_ops
+    assert "Attention" not in make_plan(tiny_checkpoint).contract("unet").float32_ops

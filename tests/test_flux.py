@@ -17,11 +17,13 @@ from cases import HEIGHT, WIDTH, diffusers_answer
 from intaglio.exporters.capture import match_parameters
 from intaglio.exporters.checkpoint import open_checkpoint
 from intaglio.exporters.flux import EXPORTER, rotary_table, time_table
+from intaglio.exporters.parts import SCHEDULER
 from intaglio.exporters.passes import canonicalize
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.family import load_family
 from intaglio.runtimes.fidelity import relative_l2
-from intaglio.runtimes.flux import image_ids, pack, unpack
+from intaglio.runtimes.flux import image_ids
+from intaglio.runtimes.packed import pack, unpack
 
 LATENTS = 1e-5  # relative L2 to diffusers; measured 4e-7
 ROTARY = 2e-5  # absolute, cos and sin at ids up to 256; measured 1.3e-5
@@ -167,6 +169,20 @@ def test_schnell_has_no_guidance(schnell, checkpoint, pipeline, monkeypatch):
     with pytest.raises(UsageError, match=r"guidance 3\.5 is not allowed: this checkpoint has no guidance embedding"):
         ask(pipeline, guidance_scale=3.5)
     pipeline.sampler.check(request_of(pipeline, guidance_scale=0.0))
+
+
+def test_schnells_preset_has_its_steps_guidance_text_length_and_schedule(schnell, pipeline, tmp_path, monkeypatch):
+    preset = load_family("flux").presets["schnell"]
+    opened = dataclasses.replace(open_checkpoint(schnell), options={"preset": "schnell"})
+    settings = {**load_family("flux").defaults, **EXPORTER.settings(opened)}
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (4, 0.0)
+    EXPORTER.copy_files(opened, tmp_path)
+    assert json.loads((tmp_path / SCHEDULER).read_text()) == preset.scheduler
+    monkeypatch.setattr(pipeline.sampler, "settings", settings)
+    lengths = [request_of(pipeline, max_sequence_length=given).options["max_sequence_length"] for given in (None, 300)]
+    assert lengths == [256, 300]
+    with pytest.raises(UsageError, match=r"unknown flux\.preset 'dev'; allowed: schnell"):
+        EXPORTER.components(dataclasses.replace(opened, options={"preset": "dev"}))
 
 
 @pytest.mark.parametrize(

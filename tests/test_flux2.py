@@ -13,20 +13,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from intaglio.exporters.build import build
-from intaglio.exporters.plan import make_plan
 from intaglio.exporters.capture import match_parameters
 from intaglio.exporters.checkpoint import Weights, open_checkpoint
 from intaglio.exporters.component import family_of
-from intaglio.exporters.decoder_text_encoder import causal_mask, decoder_text_encoder
+from intaglio.exporters.decoder_text_encoder import causal_mask, decoder_text_encoder, text_config
+from intaglio.exporters.flux2 import EXPORTER, transformer_from_config
+from intaglio.exporters.plan import make_plan
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
-from intaglio.runtimes import flux2
+from intaglio.profiles.family import load_family
+from intaglio.runtimes import flux2, packed
 from intaglio.runtimes.fidelity import relative_l2
 from intaglio.runtimes.pipeline import load
 from intaglio.runtimes.text import PromptTruncated
 
 STATES = 2e-6  # relative L2 of the text states in torch; measured 0
 LATENTS = 1e-4  # relative L2 of the final latents; measured 9e-7
+TIME = 1e-6  # absolute, sinusoids at a guidance of 4; measured 0
 PROMPTS = ["a red cat", "the moon over a city at night, 红心 and a very long blue car"]
 STEPS, HEIGHT, WIDTH = 2, 64, 96
 
@@ -50,9 +52,12 @@ def dev(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def artifact(klein, tmp_path_factory):
-    options = {"flux2.text_encoder_out_layers": "1,2,3", "flux2.reference_images": "3"}
-    return build(klein, tmp_path_factory.mktemp("artifact") / "klein", options=options)
+def artifact(built_case, klein):
+    """Distilled klein's, whose graphs klein base has as well, with klein base's settings and three references."""
+    built, options = built_case("flux2-klein").artifact, {**tiny_flux2.KLEIN_OPTIONS, "reference_images": "3"}
+    settings = EXPORTER.settings(dataclasses.replace(open_checkpoint(klein), options=options))
+    settings = {**load_family("flux2").defaults, **settings}
+    return dataclasses.replace(built, manifest=dataclasses.replace(built.manifest, settings=settings))
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +170,11 @@ def test_patches_are_diffusers():
     from diffusers import Flux2Pipeline
 
     latents = np.random.default_rng(0).standard_normal((2, 3, 6, 8)).astype(np.float32)
-    patches = flux2.patchify(latents)
+    patches = packed.patchify(latents)
     assert np.array_equal(patches, Flux2Pipeline._patchify_latents(torch.from_numpy(latents)).numpy())
-    assert np.array_equal(flux2.unpatchify(patches), latents)
-    assert np.array_equal(flux2.pack(patches), Flux2Pipeline._pack_latents(torch.from_numpy(patches)).numpy())
+    assert np.array_equal(packed.unpatchify(patches), latents)
+    assert np.array_equal(packed.flatten(patches), Flux2Pipeline._pack_latents(torch.from_numpy(patches)).numpy())
+    assert np.array_equal(packed.unflatten(packed.flatten(patches), 3, 4), patches)
 
 
 def test_statistics_are_the_batch_norms(artifact):
@@ -253,7 +259,7 @@ def test_distilled_and_dev_refuse_what_would_have_no_effect(artifact):
     with pytest.raises(UsageError, match=r"\[IMG\] in the prompt 'a \[IMG\]' means a picture"):
         ask(dev, "a [IMG]")
     base = variant(artifact)
-    with pytest.raises(UsageError, match="a negative prompt would have no effect: guidance 1 is not above 1"):
+    with pytest.raises(UsageError, match="negative_prompt takes part with guidance above 1 only, it is 1"):
         ask(base, "a cat", negative_prompt="a dog", guidance_scale=1.0)
 
 
@@ -277,9 +283,9 @@ def test_the_text_length_has_the_artifacts_range(artifact):
         ask(variant(artifact), "a cat", max_sequence_length=4)
 
 
-def test_fewer_references_make_a_smaller_range(artifact):
-    assert artifact.manifest.shapes["image_tokens"].max == 16384 + 3 * 4096
-    assert "reference_images" in json.dumps(artifact.manifest.provenance["options"])
+def test_fewer_references_make_a_smaller_range(klein):
+    plan = make_plan(klein, options={"flux2.text_encoder_out_layers": "1,2,3", "flux2.reference_images": "3"})
+    assert plan.shapes["image_tokens"].max == 16384 + 3 * 4096
 
 
 def test_the_released_checkpoints_have_other_layers_than_a_small_one(klein):
@@ -326,3 +332,22 @@ def test_checkpoints_that_would_come_out_wrong_are_refused(klein, tmp_path, name
     folder = changed(klein, tmp_path, file, **values)
     with warnings.catch_warnings(), pytest.raises(error, match=message):
         make_plan(folder, options={"flux2.text_encoder_out_layers": "1,2,3"})
+
+
+@pytest.mark.parametrize("key", ["text_config", "num_hidden_layers"])
+def test_an_incomplete_text_configuration_is_refused(dev, tmp_path, key):
+    text = json.loads((dev / "text_encoder/config.json").read_text())["text_config"]
+    left = None if key == "text_config" else {k: v for k, v in text.items() if k != key}
+    opened = open_checkpoint(changed(dev, tmp_path, "text_encoder/config.json", text_config=left))
+    with pytest.raises(CheckpointError, match=f"config.json.* has no '{key}'"):
+        text_config(opened, "text_encoder")["num_hidden_layers"]
+
+
+def test_sinusoids_of_time_and_guidance_are_constants_of_diffusers(dev):
+    from diffusers import Flux2Transformer2DModel
+
+    config, given = open_checkpoint(dev).config("transformer"), torch.tensor([1000.0, 3.0, 4000.0, 3500.0])
+    wanted = Flux2Transformer2DModel.from_config(config).time_guidance_embed.time_proj(given)
+    found = transformer_from_config(config).time_guidance_embed.time_proj
+    assert dict(found.named_buffers())["frequencies"].dtype == torch.float32
+    assert float((found(given) - wanted).abs().max()) <= TIME

@@ -16,9 +16,9 @@ from PIL import Image
 import intaglio.exporters.build as building
 from intaglio.exporters.additions import provenance
 from intaglio.exporters.build import build
-from intaglio.exporters.plan import make_plan
 from intaglio.exporters.checkpoint import open_checkpoint
 from intaglio.exporters.component import family_of
+from intaglio.exporters.plan import make_plan
 from intaglio.exporters.preview_vae import open_preview_vae
 from intaglio.profiles.errors import CheckpointError, NumericsError, Unsupported, UsageError
 from intaglio.runtimes.engine import EngineOptions, load_engine
@@ -291,9 +291,6 @@ def test_estimates_are_those_of_diffusers(name, prediction):
         sample, output = rng.standard_normal((2, 1, 4, 8, 8)).astype(np.float32)
         told = reference.step(torch.from_numpy(output), timestep, torch.from_numpy(sample))
         assert relative_l2(ours.clean(output, index, sample), told.pred_original_sample.numpy()) <= CLEAN
-
-
-# What is built in, and what is refused.
 
 
 def test_the_manifest_names_it_and_float16_was_audited(artifact, taesd):

@@ -189,14 +189,18 @@ def test_guidance_needs_a_negative_prompt_and_says_so(pipeline):
     with pytest.warns(UserWarning, match="guidance 4 has no effect without a negative prompt"):
         unguided = ask(pipeline, "a cat", guidance_scale=4.0)
     assert unguided.parameters["true_cfg_scale"] == 1.0
-    with pytest.warns(UserWarning, match="the negative prompt has no effect with guidance 1"):
-        same = ask(pipeline, "a cat", guidance_scale=1.0, negative_prompt="a car")
-    assert np.array_equal(unguided.latents, same.latents)
+    with pytest.raises(UsageError, match="negative_prompt takes part with guidance above 1 only, it is 1"):
+        ask(pipeline, "a cat", guidance_scale=1.0, negative_prompt="a car")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guided = ask(pipeline, "a cat", guidance_scale=4.0, negative_prompt="")  # empty is one
     assert guided.parameters["true_cfg_scale"] == 4.0
     assert relative_l2(guided.latents, unguided.latents) > 10 * LATENTS
+
+
+def test_a_text_length_below_the_graphs_range_is_refused(pipeline):
+    with pytest.raises(UsageError, match="max_sequence_length 3 is not allowed: 4 to 1058"):
+        ask(pipeline, "a cat", guidance_scale=1.0, max_sequence_length=3)
 
 
 def test_a_preset_brings_schedule_steps_and_guidance(checkpoint, tmp_path):
@@ -252,6 +256,20 @@ def test_a_sliding_window_is_refused(checkpoint, tmp_path):
         lambda config: config["text_config"].update({"use_sliding_window": True}),
     )
     with pytest.raises(Unsupported, match="use_sliding_window"):
+        EXPORTER.components(opened)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["text_config"].pop("hidden_size"), "config.json: text_config has no 'hidden_size'"),
+        (lambda config: config.update({"text_config": "text.json"}), "config.json has no 'text_config' with"),
+    ],
+    ids=["a key", "all of it"],
+)
+def test_an_incomplete_text_configuration_is_refused(checkpoint, tmp_path, change, message):
+    opened = copied(checkpoint, tmp_path / "checkpoint", "text_encoder", change)
+    with pytest.raises(CheckpointError, match=message):
         EXPORTER.components(opened)
 
 

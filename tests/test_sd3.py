@@ -9,11 +9,12 @@ import shutil
 import numpy as np
 import pytest
 import tiny_sd3
-from cases import diffusers_answer, diffusers_pipeline
+from cases import diffusers_answer
+from partial import build_only, completed
 
-from intaglio.exporters.build import build
-from intaglio.exporters.plan import make_plan
 from intaglio.exporters.checkpoint import Weights
+from intaglio.exporters.parts import SCHEDULER
+from intaglio.exporters.plan import make_plan
 from intaglio.exporters.sd3_positions import KEY, cropped_patch_embed, position_table
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.runtimes.engine import load_engine
@@ -31,31 +32,36 @@ TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_sd3.medium(tmp_path_factory.mktemp("sd3") / "checkpoint")
+def plain(built_case):
+    """Built without options."""
+    return built_case("sd3")
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoint):
-    return diffusers_pipeline(CASE, checkpoint)
+def checkpoint(plain):
+    return plain.checkpoint
 
 
 @pytest.fixture(scope="module")
-def artifact(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd3") / "built"
-    return build(checkpoint, folder, targets=("openvino",), options={"sd3.skip_layers": SKIPPED})
+def theirs(plain):
+    return plain.theirs
 
 
 @pytest.fixture(scope="module")
-def lean_checkpoint(tmp_path_factory):
-    """A smaller one, with T5."""
-    return tiny_sd3.stable_diffusion_3(tmp_path_factory.mktemp("lean") / "checkpoint", layers=1, dual=(), seed=12)
+def artifact(plain, tmp_path_factory):
+    """With skip-layer guidance, which is the transformer's."""
+    folder, options = tmp_path_factory.mktemp("sd3") / "built", {"sd3.skip_layers": SKIPPED}
+    part = build_only(plain.checkpoint, folder, "transformer", targets=("openvino",), options=options)
+    return completed(part, plain.artifact, *(n for n in plain.artifact.manifest.components if n != "transformer"))
 
 
 @pytest.fixture(scope="module")
-def lean_artifact(lean_checkpoint, tmp_path_factory):
+def lean_artifact(plain, tmp_path_factory):
     """Built without T5, and without skip-layer guidance."""
-    return build(lean_checkpoint, tmp_path_factory.mktemp("lean") / "built", options={"sd3.t5": "false"})
+    folder, options = tmp_path_factory.mktemp("lean") / "built", {"sd3.t5": "false"}
+    names = [c.name for c in make_plan(plain.checkpoint, options=options).components]
+    part = build_only(plain.checkpoint, folder, "text_encoder", options=options)
+    return completed(part, plain.artifact, *(n for n in names if n != "text_encoder"))
 
 
 @pytest.fixture(scope="module")
@@ -239,12 +245,12 @@ def test_texts_reach_the_encoders_as_in_diffusers(pipeline, theirs, request_):
     assert difference(pipeline, theirs, plain, {**base, **request_}) > 100 * LATENTS
 
 
-def test_without_t5_diffusers_zeros_take_its_place(lean, lean_checkpoint):
+def test_without_t5_diffusers_zeros_take_its_place(lean, checkpoint):
     import diffusers
     import torch
 
     absent = {"text_encoder_3": None, "tokenizer_3": None}
-    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(lean_checkpoint, torch_dtype=torch.float32, **absent)
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, **absent)
     theirs.set_progress_bar_config(disable=True)
     for length in (40, 256):
         assert difference(lean, theirs, {"max_sequence_length": length, "negative_prompt": "a car"}) <= LATENTS
@@ -263,6 +269,12 @@ REFUSED = {
     "by its scale too": ("lean", {"skip_layer_guidance_scale": 2.0}, "--set sd3.skip_layers=7,8,9"),
     "off and given": ("pipeline", {"skip_layer_guidance": False, "skip_layer_guidance_stop": 0.5}, "leave one"),
     "skipping without guidance": ("pipeline", {"skip_layer_guidance": True, "guidance_scale": 1.0}, "guidance above 1"),
+    "no step": ("pipeline", {"skip_layer_guidance": True, "num_inference_steps": 4}, "no step of 4 lies between"),
+    "stop before start": (
+        "pipeline",
+        {"skip_layer_guidance_start": 0.5, "skip_layer_guidance_stop": 0.5, "num_inference_steps": 8},
+        "start 0.5 and skip_layer_guidance_stop 0.5",
+    ),
     "batch of three": ("pipeline", {"skip_layer_guidance": True, "count": 6}, "need a batch of 18"),
     "layers": ("pipeline", {"clip_skip": 2}, "clip_skip 2 is not allowed: 0 to 1"),
     "no T5": ("lean", {"prompt_3": "a cat"}, "prompt_3 is what T5 reads"),
@@ -278,7 +290,7 @@ REFUSED = {
 def test_what_cannot_be_done_is_refused(request, case):
     name, asked, words = case
     with pytest.raises(UsageError, match=words):
-        request.getfixturevalue(name)(PROMPT, height=64, width=64, num_inference_steps=1, **asked)
+        request.getfixturevalue(name)(PROMPT, **{"height": 64, "width": 64, "num_inference_steps": 1, **asked})
 
 
 OPTIONS = {
@@ -288,6 +300,7 @@ OPTIONS = {
     "skip_layers=": "different numbers",
     "skip_layers=-1": "different numbers",
     "layers=1": "unknown",
+    "preset=schnell": "unknown sd3.preset 'schnell'; allowed: turbo",
 }
 
 
@@ -296,6 +309,14 @@ def test_build_options_are_checked(checkpoint, option):
     key, _, value = option.partition("=")
     with pytest.raises(UsageError, match=OPTIONS[option]):
         make_plan(checkpoint, options={f"sd3.{key}": value})
+
+
+def test_turbo_has_its_steps_no_guidance_and_the_checkpoints_own_schedule(checkpoint, tmp_path):
+    plan = make_plan(checkpoint, options={"sd3.preset": "turbo"})
+    settings = plan.exporter.settings(plan.checkpoint)
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (4, 0.0)
+    plan.exporter.copy_files(plan.checkpoint, tmp_path)
+    assert (tmp_path / SCHEDULER).read_bytes() == (checkpoint / SCHEDULER).read_bytes()
 
 
 def without_t5(index, folder):

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from partial import build_only, completed
 
-from intaglio.profiles.errors import Unsupported, UsageError
+from intaglio.exporters.plan import make_plan
+from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.runtimes.fidelity import relative_l2
 from intaglio.runtimes.pipeline import load
 from intaglio.runtimes.text import PromptTruncated
@@ -85,10 +87,10 @@ def test_a_prompt_beyond_the_unets_context_is_refused(pipeline):
         latents(pipeline, LONG, prompt_weights=True)
 
 
-def test_an_inpainting_unet_exports_and_says_that_it_has_no_loop(tiny_checkpoint, copy_artifact, tmp_path):
+def test_an_inpainting_unet_exports_and_says_that_it_has_no_loop(
+    tiny_checkpoint, tiny_artifact, copy_artifact, tmp_path
+):
     from diffusers import UNet2DConditionModel
-
-    from intaglio.exporters.build import build
 
     checkpoint = copy_artifact(tiny_checkpoint, "inpainting")
     config = json.loads((checkpoint / "unet/config.json").read_text())
@@ -96,10 +98,61 @@ def test_an_inpainting_unet_exports_and_says_that_it_has_no_loop(tiny_checkpoint
     UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(checkpoint / "unet")
     index = json.loads((checkpoint / "model_index.json").read_text())
     (checkpoint / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
-    artifact = build(checkpoint, tmp_path / "built")  # every component equals torch, or the build fails
+    part = build_only(checkpoint, tmp_path / "built", "unet")  # it equals torch, or the build fails
+    artifact = completed(part, tiny_artifact, "text_encoder", "vae_decoder")
     assert artifact.manifest.components["unet"].inputs[0].shape[1] == 9
     with pytest.raises(Unsupported, match="takes 9 channels, so it paints into a masked picture"):
         load(artifact, backend="onnxruntime")("a cat")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "model_index.json",
+            {"unet": ["diffusers", "UNet3DConditionModel"]},
+            "unet is a UNet3DConditionModel",
+        ),
+        ("unet/config.json", {"cross_attention_dim": 96}, "cross_attention_dim = 96; the text encoder's states are 64"),
+    ],
+)
+def test_a_unet_that_does_not_fit_is_refused(tiny_checkpoint, copy_artifact, file, change, message):
+    checkpoint = changed(copy_artifact(tiny_checkpoint, "changed"), file, change)
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_diffusers_version": "0.8.1"},
+        {"_diffusers_version": "0.6.0.dev0", "sample_size": 96},
+        {"_diffusers_version": "0.9.0"},
+        {},
+    ],
+    ids=str,
+)
+def test_the_size_of_old_fine_tunes_is_the_one_diffusers_takes(tiny_checkpoint, copy_artifact, config):
+    import diffusers
+
+    checkpoint = changed(copy_artifact(tiny_checkpoint, "changed"), "unet/config.json", config)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(checkpoint)
+    assert make_plan(checkpoint).shapes["height"].opt == theirs.unet.config.sample_size * theirs.vae_scale_factor
+
+
+def changed(checkpoint, file, change):
+    config = json.loads((checkpoint / file).read_text())
+    (checkpoint / file).write_text(json.dumps({**config, **change}))
+    return checkpoint
+
+
+def test_a_negative_prompt_without_guidance_is_refused(pipeline):
+    message = r"negative_prompt takes part with guidance above 1 only, it is 1; leave it out"
+    with pytest.raises(UsageError, match=message):
+        latents(pipeline, "a cat", negative_prompt="a car", guidance_scale=1.0)
+    plain = latents(pipeline, "a cat", guidance_scale=1.0)
+    empty = latents(pipeline, "a cat", guidance_scale=1.0, negative_prompt="")
+    np.testing.assert_array_equal(plain.latents, empty.latents)
 
 
 def test_parameters_that_no_family_part_knows_are_refused(pipeline):

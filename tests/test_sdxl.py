@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 import tiny_sdxl
-from cases import HEIGHT, WIDTH, diffusers_pipeline
+from cases import HEIGHT, WIDTH
 
-from intaglio.exporters.build import build
 from intaglio.exporters.plan import make_plan
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.family import load_family
@@ -84,14 +83,11 @@ REFINER_REFUSED = {
 
 
 class Both:
-    """A checkpoint, our pipeline on it, and diffusers' pipelines on it by class name."""
+    """A checkpoint, our pipeline on it, and diffusers' pipelines on it."""
 
-    def __init__(self, name, folder):
-        self.case = tiny_sdxl.CASES[name]
-        self.checkpoint = self.case.checkpoint(folder / "checkpoint")
-        self.artifact = build(self.checkpoint, folder / "built")
-        self.ours = load(self.artifact)
-        self.theirs = diffusers_pipeline(self.case, self.checkpoint)
+    def __init__(self, built):
+        self.checkpoint, self.artifact = built.checkpoint, built.artifact
+        self.ours, self.theirs = built.pipeline("onnxruntime"), built.theirs
 
     def image_to_image(self):
         import diffusers
@@ -102,13 +98,13 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return Both("sdxl", tmp_path_factory.mktemp("sdxl"))
+def base(built_case):
+    return Both(built_case("sdxl"))
 
 
 @pytest.fixture(scope="module")
-def refiner(tmp_path_factory):
-    return Both("sdxl refiner", tmp_path_factory.mktemp("refiner"))
+def refiner(built_case):
+    return Both(built_case("sdxl refiner"))
 
 
 def latents_of(pipeline, prompt, **asked):
@@ -290,6 +286,12 @@ WRONG = {
         "model_index.json",
         {"text_encoder_2": ["transformers", "CLIPTextModel"]},
     ),
+    "vae/config.json is a AutoencoderTiny; allowed: AutoencoderKL": (
+        CheckpointError,
+        "vae/config.json",
+        {"_class_name": "AutoencoderTiny"},
+    ),
+    "vae is a AutoencoderTiny": (CheckpointError, "model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}),
     "take [20, 77] tokens": (CheckpointError, "text_encoder/config.json", {"max_position_embeddings": 20}),
 }
 
@@ -303,3 +305,16 @@ def test_a_checkpoint_this_family_cannot_feed_is_refused(base, copy_artifact, me
     with pytest.raises(kind) as error:
         make_plan(folder)
     assert message in str(error.value)
+
+
+def test_weights_and_long_prompts_are_read_in_chunks_by_both_encoders(base):
+    def ask(prompt, **changes):
+        return base.ours(prompt, seed=SEED, **{**SMALL, "negative_prompt": "a blue car", **changes}).latents
+
+    plain, weighted = ask("a cat"), ask("a cat", prompt_weights=True)
+    assert relative_l2(weighted, plain) <= LATENTS
+    assert relative_l2(ask("a (cat:1.5)", prompt_weights=True), weighted) > APART
+    words = "a red cat on the moon and a blue car on the star, " * 3
+    assert relative_l2(ask(words + "a cat", prompt_weights=True), ask(words + "a face", prompt_weights=True)) > APART
+    with pytest.raises(UsageError, match=r"chunks: context_tokens .* is not allowed"):
+        ask(words * 9, prompt_weights=True)
