@@ -69,8 +69,8 @@ class Checkpoint:
 
     def component_class(self, part: str) -> str | None:
         """The class ``model_index.json`` gives a component; ``None`` where the pipeline goes without it."""
-        library_and_class = self.index.get(part) or (None, None)
-        return library_and_class[1]
+        library_and_class = self.index.get(part)
+        return library_and_class[1] if isinstance(library_and_class, list) else None
 
     @property
     def location(self) -> Path:

@@ -123,7 +123,7 @@ class StableDiffusionXL(Sampler):
         if options["prompt_2"]:
             texts["text_encoder_2"] = (options["prompt_2"],) * len(request.prompts)
         zeros = negative is None and self.settings["force_zeros_for_empty_prompt"]
-        avoided = {
+        avoided: dict[str, tuple[str, ...]] = {
             "text_encoder": (negative or "",),
             "text_encoder_2": (options["negative_prompt_2"] or negative or "",),
         }
