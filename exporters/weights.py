@@ -122,13 +122,21 @@ class Parameter:
         return value
 
 
-@functools.lru_cache(maxsize=64)
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name to dtype and shape.
+    """Tensor name to dtype and shape; read once while the file stays as it is.
 
     Raises:
         CheckpointError: it is not a safetensors file, or not all of it is there.
     """
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+    return _header(file, facts.st_mtime_ns, facts.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _header(file: Path, changed: int, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -77,8 +77,8 @@ class LCM:
         noised: Array = np.sqrt(bar) * clean + np.sqrt(1 - bar) * noise
         return noised
 
-    def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
-        """Jump to the clean latents, then noise them for the next timestep: `draw` is called but for the last."""
+    def clean(self, model_output: Array, index: int, sample: Array) -> Array:
+        """See `CleanEstimator`; with the boundary condition of arXiv:2310.04378, section 3."""
         s, bar = self._settings, self._alphas[index]
         clean = TO_CLEAN[s.prediction_type](sample, model_output, np.sqrt(bar), np.sqrt(1 - bar))
         if s.clip_sample:
@@ -86,6 +86,11 @@ class LCM:
         scaled = self.timesteps[index] * np.float32(s.timestep_scaling)
         total = scaled**2 + SIGMA_DATA**2
         denoised: Array = scaled / np.sqrt(total) * clean + SIGMA_DATA**2 / total * sample
+        return denoised
+
+    def step(self, model_output: Array, index: int, sample: Array, draw: Draw) -> Array:
+        """Jump to the clean latents, then noise them for the next timestep: `draw` is called but for the last."""
+        denoised = self.clean(model_output, index, sample)
         if index == len(self.timesteps) - 1:
             return denoised
         after = self._alphas[index + 1]

@@ -246,3 +246,14 @@ def test_variants_and_shards_are_read_like_the_library_does(name, tiny_checkpoin
     reference = dict(pretrained(library, kind, part)(checkpoint).named_parameters())
     stored = {key.removeprefix("text_model."): p for key, p in found.items()}
     assert all(np.array_equal(stored[key].read(), value.detach().numpy()) for key, value in reference.items())
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tiny_checkpoint, copy_artifact):
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    folder = copy_artifact(tiny_checkpoint, "anew")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    before = len(open_checkpoint(folder).weights("unet"))
+    save_file({**load_file(file), "more": np.zeros(3, np.float32)}, file)
+    assert len(open_checkpoint(folder).weights("unet")) == before + 1
