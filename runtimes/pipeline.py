@@ -71,7 +71,7 @@ class Pipeline:
             raise
 
     def __call__(self, prompt: str | Sequence[str], **parameters: Any) -> Result:
-        """Make pictures; parameters as for `stream`."""
+        """Make pictures; parameters as for `request`."""
         steps = self.stream(prompt, **parameters)
         while True:
             try:
@@ -80,57 +80,14 @@ class Pipeline:
                 result: Result = stop.value
                 return result
 
-    def stream(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | None = None,
-        seed: int = 0,
-        width: int | None = None,
-        height: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str | None = None,
-        count: int = 1,
-        images: Sequence[Image] = (),
-        latents: np.ndarray | None = None,
-        **options: Any,
-    ) -> Generator[StepEvent, None, Result]:
-        """Yield one event per denoiser evaluation and return the result.
-
-        Args:
-            prompt: text, in any language the checkpoint knows; several make `count` pictures each.
-            negative_prompt: what to steer away from; used when guidance is on. Not given: the family's own way.
-            seed: picture k equals the picture of ``seed + k`` alone.
-            width: pixels; the artifact's own (or the reference picture's) where not given.
-            height: pixels; likewise.
-            num_inference_steps: the artifact's default where not given.
-            guidance_scale: likewise; above 1 the negative prompt takes part.
-            scheduler: a name from SCHEDULERS; the checkpoint's own where not given.
-            count: pictures of each prompt at once.
-            images: reference pictures, where the family takes them.
-            latents: noise to start from, standard normal float32 [pictures, C, h, w].
-            options: further parameters, `all_parameters` of the sampler.
+    def stream(self, prompt: str | Sequence[str], **parameters: Any) -> Generator[StepEvent, None, Result]:
+        """Yield one event per denoiser evaluation and return the result; parameters as for `request`.
 
         Raises:
             UsageError: a value is not allowed.
             NumericsError: a component returned NaN, infinity, or a picture without content.
         """
-        request = self.request(
-            prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            width=width,
-            height=height,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            count=count,
-            images=images,
-            latents=latents,
-            **options,
-        )
-        return self.sampler.stream(self.engines, request)
+        return self.sampler.stream(self.engines, self.request(prompt, **parameters))
 
     def request(
         self,
@@ -148,7 +105,21 @@ class Pipeline:
         latents: np.ndarray | None = None,
         **options: Any,
     ) -> Request:
-        """A complete and checked request; arguments as for `stream`.
+        """A complete and checked request.
+
+        Args:
+            prompt: text, in any language the checkpoint knows; several make `count` pictures each.
+            negative_prompt: what to steer away from; used when guidance is on. Not given: the family's own way.
+            seed: picture k equals the picture of ``seed + k`` alone.
+            width: pixels; the artifact's own (or the reference picture's) where not given.
+            height: pixels; likewise.
+            num_inference_steps: the artifact's default where not given.
+            guidance_scale: likewise; above 1 the negative prompt takes part.
+            scheduler: a name from SCHEDULERS; the checkpoint's own where not given.
+            count: pictures of each prompt at once.
+            images: reference pictures, where the family takes them.
+            latents: noise to start from, standard normal float32 [pictures, C, h, w].
+            options: further parameters, `all_parameters` of the sampler.
 
         Raises:
             UsageError: a value is not allowed.

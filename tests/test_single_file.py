@@ -139,7 +139,7 @@ def test_a_converted_folder_and_its_file_hold_the_same_values(single, tmp_path):
 def built(single, tmp_path_factory):
     file, config = single("sd1", "float16")
     folder = tmp_path_factory.mktemp("single") / "built"
-    return build(open_checkpoint(file, config=config), folder), file, config
+    return build(file, folder, config=config), file, config
 
 
 def test_picture_is_diffusers_own_from_single_file(built):
