@@ -267,3 +267,13 @@ def test_every_public_class_and_function_has_a_docstring():
 def test_bytecode_is_not_left_in_the_hidden_package():
     listed = {entry.name for entry in os.scandir(HOUSE / ".pkg/intaglio")} - {"__pycache__"}
     assert listed == {"__init__.py", "__main__.py", "py.typed", *ROOMS}
+
+
+def test_the_files_of_a_family_stay_small():
+    """Adding a family is three files with its name and a tiny builder; each is read in one sitting."""
+    from intaglio.exporters.component import FAMILIES
+
+    for name in FAMILIES:
+        files = (f"exporters/{name}.py", f"runtimes/{name}.py", f"profiles/family.{name}.toml", f"tests/tiny_{name}.py")
+        for file in files:
+            assert len((HOUSE / file).read_text(encoding="utf-8").splitlines()) < FILE_LINES_GOAL, file
