@@ -19,7 +19,7 @@ from intaglio.exporters.cast import cast_to_contract
 from intaglio.exporters.passes import is_parameter
 from intaglio.exporters.store import GRAPH
 from intaglio.profiles.artifact import Artifact
-from intaglio.profiles.errors import NumericsError
+from intaglio.profiles.errors import NumericsError, Unsupported
 from intaglio.profiles.family import Contract
 from intaglio.quantize.rewrite import PARAMETER
 from intaglio.runtimes.engine import EngineOptions, check_feeds
@@ -99,12 +99,13 @@ def write_audit_graph(folder: Path, contract: Contract) -> tuple[str, ...]:
     graph = model.graph
     wanted = [v for n in graph for v in n.outputs if v.name in report.narrow_values]
     wanted += [v for v in graph.inputs if v.name in report.narrow_values]
-    wanted += [scores(n) for n in graph if n.op_type == "Attention" and n.outputs[0].name in report.narrow_values]
+    attention = [n for n in graph if n.op_type == "Attention" and n.outputs[0].name in report.narrow_values]
+    wanted += [scores(model, node) for node in attention]
     maxima = []
     for value in wanted:
         size = ir.node("Abs", [value])
         flat = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
-        row = ir.node("Reshape", [flat.outputs[0], constant(model, "intaglio.one", [1])])
+        row = ir.node("Reshape", [flat.outputs[0], constant(model, "intaglio.one", np.array([1], np.int64))])
         graph.extend([size, flat, row])
         maxima.append(row.outputs[0])
     joined = ir.node("Concat", maxima, {"axis": 0})
@@ -116,16 +117,28 @@ def write_audit_graph(folder: Path, contract: Contract) -> tuple[str, ...]:
     return tuple(label(v) for v in wanted)
 
 
-def scores(node: Any) -> Any:
-    """The scores q k^T of an Attention node as a value; they have no name of their own in the graph."""
+def scores(model: Any, node: Any) -> Any:
+    """The scaled scores q k^T of an Attention node; they have no name of their own in the graph.
+
+    They are computed beside it: ONNX Runtime infers a wrong shape for Attention's own output of them where the text is
+    shorter or longer than the image.
+
+    Raises:
+        Unsupported: queries and keys do not have as many heads.
+    """
     import onnx_ir as ir
 
-    node.resize_outputs(4)
-    for unused in node.outputs[1:3]:  # present keys and values
-        unused.name = ""
-    value = node.outputs[3]
-    value.name, value.dtype = f"{node.outputs[0].name}.scores", ir.DataType.FLOAT
-    return value
+    query, key = node.inputs[0], node.inputs[1]
+    if len(query.shape) != 4 or query.shape[1] != key.shape[1]:
+        raise Unsupported(f"the scores of {node.name} cannot be audited: its queries and keys have other shapes")
+    default = 1.0 / float(query.shape[3]) ** 0.5
+    factor = node.attributes["scale"].as_float() if "scale" in node.attributes else default
+    turned = ir.node("Transpose", [key], {"perm": [0, 1, 3, 2]})
+    scaled = ir.node("Mul", [query, constant(model, f"intaglio.scale.{factor}", np.array(factor, np.float32))])
+    product = ir.node("MatMul", [scaled.outputs[0], turned.outputs[0]])
+    model.graph.extend([turned, scaled, product])
+    product.outputs[0].name, product.outputs[0].dtype = f"{node.outputs[0].name}.scores", ir.DataType.FLOAT
+    return product.outputs[0]
 
 
 def label(value: Any) -> str:
@@ -139,12 +152,12 @@ def label(value: Any) -> str:
     return str(value.name)
 
 
-def constant(model: Any, name: str, values: Sequence[int]) -> Any:
-    """An int64 initializer, made once."""
+def constant(model: Any, name: str, values: np.ndarray) -> Any:
+    """An initializer, made once."""
     import onnx_ir as ir
 
     if name not in model.graph.initializers:
-        tensor = ir.tensor(np.array(values, np.int64), name=name)
+        tensor = ir.tensor(values, name=name)
         value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
         model.graph.register_initializer(value)
     return model.graph.initializers[name]
