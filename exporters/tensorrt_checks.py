@@ -16,8 +16,9 @@ from intaglio.profiles.spec import TensorSpec
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
 # The plan holds the weights as they are, so a much smaller one has lost some; a few constants may be folded.
 LEAST_SHARE = 0.9
-# Besides weights the plan holds kernels. Measured on a tiny SD checkpoint, RTX 1.7.1: 7 to 11 kB a layer and profile.
-KERNEL_BYTES = 16 << 10
+# Besides weights the plan holds kernels. Measured on RTX 1.7.1 per layer and profile: 7 to 11 kB in half precision (a
+# tiny SD checkpoint), 33 kB in float32 (the embedded VAE encoder in int8: 30.1 MB, of which 1.7 MB are weights).
+KERNEL_BYTES = {"float16": 16 << 10, "bfloat16": 16 << 10, "float32": 40 << 10}
 SLACK_BYTES = 8 << 20
 PROBES, PROBE_BYTES = 8, 4096  # quantized weights whose first codes are looked for in the plan
 
@@ -134,7 +135,7 @@ def check_size(what: str, size: int, graph: Prepared, format_: str, kernels: int
     """
     if size < LEAST_SHARE * graph.packed:
         raise ParityError(f"{what}: the plan has {size} bytes, its weights take {graph.packed}; some are missing")
-    bound = (graph.packed + graph.unpacked) // 2 + kernels * KERNEL_BYTES + SLACK_BYTES
+    bound = (graph.packed + graph.unpacked) // 2 + kernels * KERNEL_BYTES[graph.dtype] + SLACK_BYTES
     if format_ != "none" and size > bound:
         raise ParityError(
             f"{what}: the {format_} plan has {size} bytes, more than {bound}; packed weights take {graph.packed}, "
