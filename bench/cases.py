@@ -10,6 +10,8 @@ from pathlib import Path
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import installed, pick
+from intaglio.quantize.formats import TARGETS as SUPPORTED
+from intaglio.quantize.formats import check_formats
 
 BACKENDS = {
     "torch": "torch",
@@ -91,6 +93,12 @@ def precision_of(artifact: Artifact, backend: str = "") -> str:
         computed = artifact.manifest.dtypes.get(TARGETS.get(backend, ""), {}).get(name, "float32")
         found.add(format_name if format_name != "none" else FLOATS[computed])
     return "+".join(sorted(found)) or "unknown"
+
+
+def support_labels(artifact: Artifact, backend: str) -> list[str]:
+    """What the table of support says of an artifact's formats on a backend: ``smaller, not faster`` and why."""
+    formats = {b.format for r in artifact.manifest.components.values() for b in r.weights.values()}
+    return check_formats(formats, (backend,)) if backend in SUPPORTED else []
 
 
 def backend_bytes(artifact: Artifact, backend: str) -> int:

@@ -56,6 +56,15 @@ CHECKS = {
         sources=("profiles/emoji/**/*.safetensors", *LOOP, "exporters/passes.py", "quantize/int8.py"),
         about="PSNR against diffusers: every scheduler, two sizes, English and Chinese, each backend and format",
     ),
+    "formats": Check(
+        run="intaglio.bench.evidence_formats:measure",
+        sources=(
+            *("quantize/*.py", "exporters/lower_o*.py", "exporters/onnxruntime_passes.py"),
+            *("exporters/openvino_passes.py", "runtimes/engine_o*.py", "profiles/family.sd.toml"),
+            "profiles/emoji/**/*.safetensors",
+        ),
+        about="every number format on every CPU backend: size, seconds, memory, fidelity, retrieval, coverage",
+    ),
     "fresh_clone": Check(
         run="intaglio.bench.evidence_fresh_clone:measure",
         sources=("Makefile", "constraints.txt", "pyproject.toml", ".ci/run"),

@@ -120,6 +120,7 @@ def notes(report: Report) -> list[str]:
         )
     result += [f"Host memory: {r}." for r in reasons]
     result += [f"VRAM: {r}." for r in sorted({c["vram"]["reason"] for c in report["cases"] if c.get("vram")}) if r]
+    result += sorted({f"{label}." for case in report["cases"] for label in case.get("labels", [])})
     for case in report["cases"]:
         if case.get("repeatable") is False:
             result.append(f"{case['label']} did not give the same picture every time.")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intaglio.bench.cases import Case, backend_bytes, precision_of, unquantized
+from intaglio.bench.cases import Case, backend_bytes, precision_of, support_labels, unquantized
 from intaglio.bench.machine import fingerprint, load_average
 from intaglio.bench.memory import available_bytes, gpus
 from intaglio.bench.metrics import judge, need_metrics
@@ -96,6 +96,7 @@ def new_row(case: Case, artifact: Artifact) -> dict[str, Any]:
         "manifest_digest": artifact.manifest.digest,
         "backend": case.backend,
         "precision": precision_of(artifact, case.backend),
+        "labels": support_labels(artifact, case.backend),
         "device": case.device,
         "threads": case.threads,
         "artifact_bytes": backend_bytes(artifact, case.backend),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intaglio import __version__
 from intaglio.exporters import additions
 from intaglio.exporters.capture import capture
+from intaglio.exporters.certificate import certify
 from intaglio.exporters.checkpoint import Checkpoint, Weights, source_digests, write_config
 from intaglio.exporters.checkpoint_index import digest_of, remember, remember_files
 from intaglio.exporters.component import Component
@@ -17,13 +19,26 @@ from intaglio.exporters.lowering import Job, Lowered, lowering
 from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
 from intaglio.exporters.plan import Plan, audit_steps, audited, make_plan
+from intaglio.exporters.quantization import (
+    DRAFT,
+    Calibrated,
+    calibrate,
+    name_file,
+    quantization_record,
+    quantize_component,
+    unquantized,
+)
+from intaglio.exporters.recipes import is_quantized, needs_feeds
 from intaglio.exporters.stages import Stages
-from intaglio.exporters.store import DATA, keep_stored_dtype, save_component, stored_tensors, weight_bindings
+from intaglio.exporters.store import DATA, GRAPH, keep_stored_dtype, save_component, stored_tensors, weight_bindings
 from intaglio.profiles.artifact import Artifact, seal, writing
 from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
-from intaglio.profiles.spec import ComponentRecord
+from intaglio.profiles.spec import ComponentRecord, Quantization
 from intaglio.profiles.strict import to_dict
-from intaglio.quantize.rewrite import quantize_graph
+from intaglio.quantize.rewrite import BadWeight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
@@ -34,17 +49,20 @@ def build(
     *,
     targets: Sequence[str] = ("onnx",),
     quant: Mapping[str, str] | None = None,
+    recipe: str | Path | None = None,
     dtype: Sequence[str] = (),
     options: Mapping[str, str] | None = None,
     config: str | Path | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     preview_vae: str | None = None,
+    accept_fidelity: bool = False,
     force: bool = False,
 ) -> Artifact:
     """Build an artifact at `output`; arguments as for `make_plan`.
 
-    The folder appears whole by one rename, after every runnable target was compared with torch.
+    The folder appears whole by one rename, after every runnable target was compared with torch and its pictures with
+    those of the unquantized graphs. With `accept_fidelity` pictures that miss their thresholds are recorded as waived.
 
     Raises:
         ToolError: an input is wrong, a target refuses the graph, or the result differs from the reference.
@@ -53,6 +71,7 @@ def build(
         checkpoint,
         targets=targets,
         quant=quant,
+        recipe=recipe,
         dtype=dtype,
         options=options,
         config=config,
@@ -60,50 +79,100 @@ def build(
         embeddings=embeddings,
         preview_vae=preview_vae,
     )
-    target, total = Path(output), len(plan.components) * (len(plan.targets) + 2) + 1 + bool(audited(plan))
-    with writing(target, force=force) as folder, Stages(total) as stages:
+    target = Path(output)
+    with writing(target, force=force) as folder, Stages(stage_count(plan)) as stages:
         with stages.stage("hash checkpoint"):
             sources = source_digests(plan.checkpoint)
-        plan.exporter.copy_files(plan.checkpoint, folder)
-        plan.checkpoint.inversions.extend_tokenizers(folder)
-        records, engines = {}, {}
-        for component in plan.components:
-            records[component.name], lowered = build_component(plan, component, folder, stages)
-            engines.update(lowered.engines)
-        manifest = draft_manifest(plan, records, engines, sources)
+        copy_files(plan, folder)
         remember(plan.checkpoint, digest_of(sources))
         remember_files(additions.files(plan.checkpoint))
-        draft = Artifact(folder=folder, manifest=manifest)
-        parity = check_all(plan, draft, stages)
-        peaks = check_ranges(plan, draft, stages)
-        sealed = seal(folder, manifest, {**build_log(stages, parity, plan), "float16_peaks": peaks})
+        draft = make_draft(plan, folder / DRAFT, sources, stages) if plan.drafted else None
+        calibrated = calibrate(plan, draft, draft.folder, stages) if draft and plan.calibration else {}
+        records, engines = {}, {}
+        for component in plan.components:
+            made = calibrated.get(component.name)
+            records[component.name], lowered = build_component(plan, component, folder, stages, draft, made)
+            engines.update(lowered.engines)
+        manifest = draft_manifest(plan, records, engines, sources)
+        built = Artifact(folder=folder, manifest=manifest)
+        parity = check_all(plan, built, stages)
+        peaks = check_ranges(plan, draft or built, stages)
+        certified = certify(plan, built, draft, stages, accept=accept_fidelity)
+        if draft:
+            shutil.rmtree(draft.folder)
+        log = {**build_log(stages, parity, plan), "float16_peaks": peaks}
+        log["remarks"] += certified.remarks
+        sealed = seal(folder, manifest, log, certified.certificate)
     return Artifact(folder=target, manifest=sealed)
 
 
-def build_component(plan: Plan, component: Component, folder: Path, stages: Stages) -> tuple[ComponentRecord, Lowered]:
-    """Capture, quantize, write and lower one component; returns its record and its engines by artifact path."""
+def stage_count(plan: Plan) -> int:
+    """How many stages a build has."""
+    count = len(plan.components) * (len(plan.targets) + 2) + 1 + bool(audited(plan)) + bool(plan.certificate)
+    if plan.drafted:
+        count += len(plan.components)
+    if plan.calibration:
+        count += 1 + sum(needs_feeds(r) for r in plan.recipe.values())
+    return count
+
+
+def copy_files(plan: Plan, folder: Path) -> None:
+    """Tokenizers, scheduler and pipeline index."""
+    plan.exporter.copy_files(plan.checkpoint, folder)
+    plan.checkpoint.inversions.extend_tokenizers(folder)
+
+
+def make_draft(plan: Plan, folder: Path, sources: dict[str, str], stages: Stages) -> Artifact:
+    """The unquantized graphs as an artifact for ONNX Runtime: what calibration and certificates compare with."""
+    plain, records = unquantized(plan), {}
+    folder.mkdir()
+    copy_files(plan, folder)
+    for component in plan.components:
+        with stages.stage(f"{component.name}: capture"):
+            model = captured(plan, component)
+            keep_stored_dtype(model)
+            save_component(model, folder / component.name, stages.note)
+            write_config(plan.checkpoint.config(component.source), folder / component.name / "config.json")
+        records[component.name] = record_of(plain, component, folder / component.name, model)
+    return Artifact(folder=folder, manifest=draft_manifest(plain, records, {}, sources))
+
+
+def captured(plan: Plan, component: Component) -> ir.Model:
+    """A component's canonical graph; weights stay in the checkpoint."""
     weights = plan.checkpoint.weights(component.source)
-    format_, contract = plan.recipe[component.name], plan.contract(component.name)
-    place = folder / component.name
-    with stages.stage(f"{component.name}: capture") as facts:
-        model = capture(component, plan.checkpoint.config(component.source), weights, plan.shapes)
-        canonicalize(model)
-        coverage = quantize_graph(model, format_, contract.keep) if format_ != "none" else None
+    model = capture(component, plan.checkpoint.config(component.source), weights, plan.shapes)
+    canonicalize(model)
+    return model
+
+
+def build_component(
+    plan: Plan,
+    component: Component,
+    folder: Path,
+    stages: Stages,
+    draft: Artifact | None = None,
+    calibrated: Calibrated | None = None,
+) -> tuple[ComponentRecord, Lowered]:
+    """Capture (or take from the draft), quantize, write and lower one component; its record and engines by path."""
+    import onnx_ir as ir
+
+    place, quantization = folder / component.name, None
+    with stages.stage(f"{component.name}: {'quantize' if draft else 'capture'}") as facts:
+        model = ir.load(draft.component(component.name) / GRAPH) if draft else captured(plan, component)
+        made = None
+        if is_quantized(plan.recipe[component.name]):
+            recipe = plan.recipe[component.name]
+            made = quantize_component(component.name, model, recipe, plan.contract(component.name), calibrated)
         keep_stored_dtype(model)
-        save_component(model, place, stages.note)
+        try:
+            save_component(model, place, stages.note)
+        except BadWeight as error:
+            raise name_file(plan, component.source, error) from error
         write_config(plan.checkpoint.config(component.source), place / "config.json")
         facts["data_bytes"] = (place / DATA).stat().st_size
-    record = ComponentRecord(
-        source=component.source,
-        inputs=component.inputs,
-        outputs=component.outputs,
-        parameters=count_parameters(component, weights),
-        format=format_,
-        targets=plan.targets,
-        tensors=stored_tensors(place),
-        weights=weight_bindings(model),
-        coverage=round(coverage.share, 6) if coverage else 0.0,
-    )
+    if made:
+        quantization = quantization_record(plan.recipe[component.name], made, calibrated)
+    record = record_of(plan, component, place, model, quantization)
     engines: dict[str, dict[str, Any]] = {}
     for target in plan.targets:
         with stages.stage(f"{component.name}: {target}") as facts:
@@ -111,6 +180,23 @@ def build_component(plan: Plan, component: Component, folder: Path, stages: Stag
             facts.update(lowered.facts)
         engines.update({f"{component.name}/{name}": value for name, value in lowered.engines.items()})
     return record, Lowered(engines=engines)
+
+
+def record_of(
+    plan: Plan, component: Component, place: Path, model: ir.Model, quantization: Quantization | None = None
+) -> ComponentRecord:
+    """What the manifest says of a component that was written."""
+    return ComponentRecord(
+        source=component.source,
+        inputs=component.inputs,
+        outputs=component.outputs,
+        parameters=count_parameters(component, plan.checkpoint.weights(component.source)),
+        format=plan.recipe[component.name].format,
+        targets=plan.targets,
+        tensors=stored_tensors(place),
+        weights=weight_bindings(model),
+        quantization=quantization,
+    )
 
 
 def make_job(plan: Plan, component: Component, place: Path, target: str, stages: Stages) -> Job:
@@ -123,9 +209,10 @@ def make_job(plan: Plan, component: Component, place: Path, target: str, stages:
         shapes=plan.shapes,
         contract=plan.contract(component.name),
         dtype=plan.dtypes[target][component.name],
-        format=plan.recipe[component.name],
+        format=plan.recipe[component.name].format,
         packed_bytes=(place / DATA).stat().st_size,
         options=plan.target_options(target),
+        activations=plan.recipe[component.name].activations,
         progress=stages.note,
     )
 
@@ -178,7 +265,7 @@ def draft_manifest(
         components=records,
         shapes=dict(plan.shapes),
         settings={**plan.profile.defaults, **plan.exporter.settings(plan.checkpoint)},
-        recipe=dict(plan.recipe),
+        recipe=plan.formats,
         dtypes={target: dict(rows) for target, rows in plan.dtypes.items()},
         licence=plan.checkpoint.licence,
         contract={c.name: to_dict(plan.contract(c.name)) for c in plan.components},

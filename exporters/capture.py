@@ -16,7 +16,8 @@ from intaglio.exporters.checkpoint import Parameter, Weights
 from intaglio.exporters.component import Component
 from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
-from intaglio.quantize.rewrite import PARAMETER
+from intaglio.quantize.layers import PARAMETER
+from intaglio.quantize.rewrite import TRANSFORM
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 OPSET = 23
 TRACE_BATCH = 2
-TRANSFORM = "intaglio.transform"
 # From a checkpoint's tensor to the part of it that a component's module has.
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     # A causal 3D convolution on one frame: of [M, C, T, kH, kW] only the last T meets it, the others meet zeros.

@@ -6,7 +6,9 @@ In float32 are computed, besides the operators a contract names:
 * the arguments of ``Sin`` and ``Cos`` and everything that becomes an integer: 999.5 radians have an ulp of 0.5 in
   float16, and diffusers computes time and position embeddings in float32 (``get_timestep_embedding``);
 * operators that ONNX does not define for the narrow type, found in ONNX's own schemas;
-* operators with a constant the narrow type cannot hold: 70000 overflows, 1e-12 becomes zero.
+* operators with a constant the narrow type cannot hold: 70000 overflows, 1e-12 becomes zero;
+* quantizers whose scales lose digits in the narrow type. Where an engine takes them, all scales of whole channels and
+  tensors stay float32, and DequantizeLinear gives the narrow type itself (``output_dtype``).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -24,7 +27,7 @@ from intaglio.exporters.passes import is_parameter
 from intaglio.profiles.errors import Unsupported
 from intaglio.profiles.family import Contract
 from intaglio.profiles.registry import pick
-from intaglio.quantize.rewrite import PARAMETER
+from intaglio.quantize.layers import PARAMETER
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # dtypes a checkpoint's weights may be stored in, besides float32
@@ -33,6 +36,7 @@ SMALL = 4096  # elements; constants up to here are looked at, larger ones are we
 # largest value rather than kept: kept, the cast behind it would make it -inf, and a fully masked row NaN.
 STANDS_FOR_INFINITY = 1e9
 SCALE_ERROR = 2.0**-11  # float16's own rounding; a scale that loses more (subnormal, or bfloat16) stays float32
+MIXED_OPSET = 23  # from here on a quantizer's scale may have another type than its values
 SOURCES = ("Cast", "DequantizeLinear")  # what may stand between a parameter and the operator that reads it
 QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
 ANGLES = ("Sin", "Cos")
@@ -71,6 +75,7 @@ def cast_graph(
     *,
     float32_parameters: Iterable[str] = (),
     softmax_attribute: bool = True,
+    float32_scales: bool = False,
 ) -> CastReport:
     """Cast a float32 graph in place; weights stay lazy and are converted when the graph is written.
 
@@ -81,10 +86,13 @@ def cast_graph(
         float32_parameters: glob patterns; operators that read such a parameter keep computing in float32.
         softmax_attribute: where ``Softmax`` is among them, ask the same of ``Attention`` by ``softmax_precision``.
             TensorRT refuses that attribute.
+        float32_scales: keep the scales of channels and tensors float32, DequantizeLinear states its ``output_dtype``.
+            TensorRT takes it and wants one dtype for the scales of both sides of a product; ONNX Runtime 1.31 fails.
 
     Raises:
         UsageError: another dtype.
-        Unsupported: a subgraph, an operator ONNX does not define, or a value without a type.
+        Unsupported: a subgraph, an operator ONNX does not define, a value without a type, or float32 scales asked of
+            a graph before opset 23.
     """
     from onnx_ir.passes import common
 
@@ -92,7 +100,9 @@ def cast_graph(
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     check_types(model)
     wanted, report = frozenset(float32_ops), CastReport(dtype=dtype)
-    _Caster(model, narrow, wanted, tuple(float32_parameters), report).run()
+    if float32_scales and model.graph.opset_imports[""] < MIXED_OPSET:
+        raise Unsupported(f"float32 scales need opset {MIXED_OPSET}, not {model.graph.opset_imports['']}")
+    _Caster(model, narrow, wanted, tuple(float32_parameters), report, float32_scales=float32_scales).run()
     for node in model.graph:
         if softmax_attribute and node.op_type == "Attention" and "Softmax" in wanted:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
@@ -100,7 +110,9 @@ def cast_graph(
     return report
 
 
-def cast_to_contract(model: ir.Model, dtype: str, contract: Contract, *, softmax_attribute: bool = True) -> CastReport:
+def cast_to_contract(
+    model: ir.Model, dtype: str, contract: Contract, *, softmax_attribute: bool = True, float32_scales: bool = False
+) -> CastReport:
     """`cast_graph` with the float32 islands of a contract."""
     return cast_graph(
         model,
@@ -108,6 +120,7 @@ def cast_to_contract(model: ir.Model, dtype: str, contract: Contract, *, softmax
         contract.float32_ops,
         float32_parameters=contract.float32_parameters,
         softmax_attribute=softmax_attribute,
+        float32_scales=float32_scales,
     )
 
 
@@ -136,8 +149,11 @@ class _Caster:
         wanted: frozenset[str],
         patterns: tuple[str, ...],
         report: CastReport,
+        *,
+        float32_scales: bool,
     ) -> None:
         self.model, self.narrow, self.wanted, self.patterns, self.report = model, narrow, wanted, patterns, report
+        self.float32_scales = float32_scales
         self.largest = float(np.finfo(np.float16).max) if narrow == DTYPES["float16"] else float(2.0**128 - 2.0**120)
         self.versions: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.stored: dict[ir.Value, ir.Value] = {}  # output of a Cast to float32 -> the narrow initializer behind it
@@ -155,7 +171,11 @@ class _Caster:
             if self.floats.intersection((*node.inputs, *node.outputs)):
                 island = node in exact or node.op_type in self.wanted or self._makes_floats(node) or self._unfit(node)
                 island = island or self._owns_float32_parameter(node)
-                self._retype(node, ir.DataType.FLOAT if island else self.narrow)
+                dtype = ir.DataType.FLOAT if island else self.narrow
+                if self._mixed(node):
+                    self._quantizer(node, dtype)
+                else:
+                    self._retype(node, dtype)
         for index, value in enumerate(graph.outputs):
             if value.dtype == self.narrow:
                 graph.outputs[index] = self._output(value)
@@ -179,21 +199,50 @@ class _Caster:
 
     def _unfit(self, node: ir.Node) -> bool:
         """Whether a small constant of the node, or a quantizer's scale, does not survive in the narrow type."""
+        if self._mixed(node):
+            return False
         if node.op_type in QUANTIZERS:
             scale = node.inputs[1]
-            unfit = scale.const_value is not None and self._loses(scale.const_value.numpy())
+            unfit = scale.const_value is not None and self._loses(scale.const_value.numpy(), blocked=_is_blocked(node))
             self.report.float32_scales += unfit
             return unfit
         return any(
             self._overflows_or_vanishes(v.const_value.numpy())
             for v in self.floats.intersection(node.inputs)
-            if v.is_initializer() and v.const_value.size <= SMALL
+            if v.is_initializer() and (v.const_value.size <= SMALL or len(v.const_value.shape) < 2)
         )
 
-    def _loses(self, scale: np.ndarray) -> bool:
+    def _loses(self, scale: np.ndarray, *, blocked: bool) -> bool:
+        """Whether scales change by more than float16 rounds; those of blocks, by more than the type itself rounds.
+
+        Blocks [K / block, N] add up along a column, so that its largest scale says what an error is worth, and four-bit
+        codes are far coarser than bfloat16. A scale must not become zero: TensorRT refuses it.
+        """
+        exact = np.abs(scale.astype(np.float64))
         with np.errstate(over="ignore"):
-            rounded = scale.astype(self.narrow.numpy()).astype(np.float64)
-        return bool((np.abs(rounded - scale) > SCALE_ERROR * np.abs(scale.astype(np.float64))).any())
+            rounded = exact.astype(self.narrow.numpy()).astype(np.float64)
+        unit, allowed = exact, SCALE_ERROR
+        if blocked:
+            unit, allowed = exact.max(axis=0, keepdims=True), float(ml_dtypes.finfo(self.narrow.numpy()).eps) / 2
+        return bool(((np.abs(rounded - exact) > allowed * unit) | (rounded == 0)).any())
+
+    def _mixed(self, node: ir.Node) -> bool:
+        """Whether the node is a quantizer with float32 scales and narrow values; TensorRT has none with blocks."""
+        return self.float32_scales and node.op_type in QUANTIZERS and not _is_blocked(node)
+
+    def _quantizer(self, node: ir.Node, dtype: ir.DataType) -> None:
+        """Leave a quantizer its float32 scale; QuantizeLinear reads what there is, DequantizeLinear gives `dtype`."""
+        self.report.float32_scales += 1
+        counts = self.report.float32 if dtype == ir.DataType.FLOAT else self.report.narrow
+        counts[node.op_type] += 1
+        if node.op_type == "QuantizeLinear":
+            return
+        node.outputs[0].dtype = dtype
+        if dtype == self.narrow:
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", dtype.value)
+            self.report.narrow_values.add(str(node.outputs[0].name))
+        if len(node.inputs) > 2 and node.inputs[2] is not None and _is_zero(node.inputs[2]):
+            node.resize_inputs(2)  # the codes' dtype says the same; parsers hold a zero point against `output_dtype`
 
     def _overflows_or_vanishes(self, array: np.ndarray) -> bool:
         # Tiny elements beside larger ones are rounding; a constant that becomes zero as a whole (1e-12) is not.
@@ -338,7 +387,19 @@ def _is_stored_weight(node: ir.Node) -> bool:
     return bool(to_float and node.inputs[0].is_initializer() and node.inputs[0].dtype in HALVES)
 
 
+def _is_blocked(quantizer: ir.Node) -> bool:
+    block = quantizer.attributes.get("block_size")
+    return block is not None and block.as_int() > 0
+
+
+def _is_zero(value: ir.Value) -> bool:
+    return value.const_value is not None and not value.const_value.numpy().astype(np.float32).any()
+
+
 def _is_heavy(node: ir.Node) -> bool:
     right = node.inputs[1] if node.op_type == "MatMul" else None
+    source = right.producer() if right is not None else None
+    if source is not None and source.op_type in SOURCES:
+        right = source.inputs[0]
     weights = right is not None and right.is_initializer() and right.const_value.size > SMALL
     return bool(weights or node.op_type in HEAVY or node.op_type.endswith("Normalization"))

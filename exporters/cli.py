@@ -32,8 +32,13 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="ARTIFACT", help="folder to write")
     parser.add_argument("--target", action="append", default=[], help="onnx (always), openvino, tensorrt; repeatable")
     parser.add_argument(
-        "--quant", action="append", default=[], metavar="[COMPONENT=]FORMAT[,…]", help="none or int8; repeatable"
+        "--quant",
+        action="append",
+        default=[],
+        metavar="[COMPONENT=]FORMAT[,…]",
+        help="none, int8, w8a8, int4, nf4, fp8, …; repeatable",
     )
+    parser.add_argument("--profile", metavar="RECIPE", help="a recipe.X.toml: formats per component and layer")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example tensorrt.sm=sm89,sm120"
     )
@@ -59,6 +64,11 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config", metavar="FOLDER", help="for a single file: a diffusers folder whose configuration fits"
+    )
+    parser.add_argument(
+        "--accept-fidelity",
+        action="store_true",
+        help="keep an artifact whose pictures miss their thresholds, and record it",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -97,12 +107,14 @@ def run_build(args: argparse.Namespace) -> int:
         args.output,
         targets=args.target,
         quant=parse_quant(args.quant),
+        recipe=args.profile,
         dtype=args.dtype,
         config=args.config,
         options=parse_assignments(args.set),
         loras=args.lora,
         embeddings=args.embedding,
         preview_vae=args.preview_vae,
+        accept_fidelity=args.accept_fidelity,
         force=args.force,
     )
     log = json.loads((artifact.folder / "build.json").read_text())

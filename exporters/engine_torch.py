@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.profiles.registry import need
 from intaglio.profiles.spec import ComponentRecord
-from intaglio.quantize.decode import decoded_weights
+from intaglio.quantize.decode import StoredWeight, decoded_weights
+from intaglio.quantize.formats import FORMATS
 from intaglio.runtimes.engine import EngineOptions, check_feeds, refuse_leftovers
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ class TorchEngine:
 
     @staticmethod
     def _load(artifact: Artifact, name: str, options: EngineOptions) -> torch.nn.Module:
-        import torch
 
         checkpoint = find_checkpoint(artifact.manifest.provenance, options.checkpoint)
         exporter, profile = family_of(checkpoint)
@@ -55,11 +55,8 @@ class TorchEngine:
             checkpoint.inversions.extend_model(component.source, model)
             module = component.wrap(model)
         fuse_module(module, component, checkpoint.weights(component.source))
-        parameters = dict(module.named_parameters())
-        with torch.no_grad():
-            for parameter, value in decoded_weights(artifact, name):
-                target = parameters[component.prefix + parameter]
-                target.copy_(torch.from_numpy(value).reshape(target.shape))
+        for weight, value in decoded_weights(artifact, name):
+            put_quantized(module, component.prefix + weight.parameter, weight, value)
         return module
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -84,6 +81,64 @@ class TorchEngine:
     def close(self) -> None:
         """Drop the module."""
         del self.module
+
+
+def put_quantized(module: torch.nn.Module, parameter: str, weight: StoredWeight, value: np.ndarray) -> None:
+    """Give a parameter its decoded value, and its layer the static quantization of its input."""
+    import torch
+
+    target = module.get_parameter(parameter)
+    with torch.no_grad():
+        target.copy_(torch.from_numpy(value).reshape(target.shape))
+    if weight.activation is not None:
+        layer = module.get_submodule(parameter.rpartition(".")[0])
+        arithmetic = StaticInput(weight, channels_first=target.ndim > 2)
+        layer.register_forward_pre_hook(arithmetic.before)
+        layer.register_forward_hook(arithmetic.after)
+
+
+class StaticInput:
+    """Rounds a layer's input as QuantizeLinear and DequantizeLinear do, between smoothing and its inverse.
+
+    A low-rank branch reads the input before it is rounded.
+    """
+
+    def __init__(self, weight: StoredWeight, *, channels_first: bool) -> None:
+        import torch
+
+        self.fp8 = FORMATS[weight.binding.format].activations == "FLOAT8E4M3FN"
+        self.scale, self.channels_first = float(weight.activation or 1), channels_first
+        self.factor = None if weight.smooth is None else torch.tensor(weight.smooth)
+        self.low_rank = [torch.from_numpy(m.astype(np.float32)) for m in weight.low_rank or ()]
+        self.held: list[torch.Tensor] = []
+
+    def before(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The input as the codes meet it, divided by the smoothing factor that is in the weight."""
+        import torch
+
+        x, factor = inputs[0], None
+        if self.factor is not None:
+            factor = self.factor.to(x.device)
+            factor = factor[:, None, None] if self.channels_first else factor
+            x = x * factor
+        if self.low_rank:
+            self.held.append(x)
+        steps = x / self.scale
+        if self.fp8:
+            x = steps.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * self.scale
+        else:
+            x = steps.round().clamp(-128, 127) * self.scale
+        return (x if factor is None else x / factor, *inputs[1:])
+
+    def after(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The output with the low-rank branch added."""
+        if not self.low_rank:
+            return output
+        x = self.held.pop()
+        x = x.movedim(1, -1) if self.channels_first else x
+        for matrix in self.low_rank:
+            x = x @ matrix.to(x.device)
+        return output + (x.movedim(-1, 1) if self.channels_first else x)
 
 
 @contextlib.contextmanager

@@ -21,12 +21,12 @@ def describe(folder: str | Path) -> dict[str, Any]:
             "format": record.format,
             "parameters": record.parameters,
             "bytes": artifact.size_bytes(name + "/"),
-            "coverage": record.coverage,
+            "quantization": to_dict(record.quantization) if record.quantization else None,
             "targets": list(record.targets),
             "inputs": {s.name: [s.dtype, *s.shape] for s in record.inputs},
             "outputs": {s.name: [s.dtype, *s.shape] for s in record.outputs},
         }
-        if record.format != "none" and installed("onnx_ir"):
+        if record.quantization and installed("onnx_ir"):
             facts["codes_sha256"] = codes_digest(artifact, name)
         components[name] = facts
     return {
@@ -47,7 +47,7 @@ def describe_text(facts: dict[str, Any]) -> str:
     """The facts in a few lines."""
     lines = [f"{facts['name']} ({facts['family']}), {facts['bytes'] / 1e6:.1f} MB, manifest {facts['digest'][:16]}"]
     for name, c in facts["components"].items():
-        quantized = f", {c['coverage']:.1%} of MatMul and Conv weights" if c["format"] != "none" else ""
+        quantized = f", {c['quantization']['coverage']['weights']:.1%} of MatMul weights" if c["quantization"] else ""
         lines.append(
             f"  {name:<13} {c['format']:<5} {c['parameters'] / 1e6:7.2f} M parameters {c['bytes'] / 1e6:7.1f} MB  "
             f"{', '.join(c['targets'])}{quantized}"

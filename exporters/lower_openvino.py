@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from intaglio.exporters.lowering import Job, Lowered
+from intaglio.exporters.openvino_passes import waist_reader
 from intaglio.exporters.store import GRAPH
 from intaglio.profiles.errors import ParityError
 from intaglio.profiles.registry import need
@@ -40,13 +41,14 @@ class LowerOpenVino:
         import openvino
 
         job.progress("openvino: convert")
-        model = openvino.Core().read_model(job.folder / GRAPH)
-        for port, spec in zip((*model.inputs, *model.outputs), (*job.inputs, *job.outputs), strict=True):
-            compare_port(job.component, port, spec)
-        if job.contract.activations_scale_factor:  # where optimum-intel puts it, and OpenVINO's GPU plugin reads it
-            model.set_rt_info(str(job.contract.activations_scale_factor), list(SCALE_FACTOR))
-        openvino.save_model(model, job.folder / XML, compress_to_fp16=False)
-        return Lowered(facts={"operators": operators(model), "constants": constants(model)})
+        with waist_reader(job.folder) as core:
+            model = core.read_model(job.folder / GRAPH)
+            for port, spec in zip((*model.inputs, *model.outputs), (*job.inputs, *job.outputs), strict=True):
+                compare_port(job.component, port, spec)
+            if job.contract.activations_scale_factor:  # where optimum-intel puts it, and OpenVINO's GPU plugin reads it
+                model.set_rt_info(str(job.contract.activations_scale_factor), list(SCALE_FACTOR))
+            openvino.save_model(model, job.folder / XML, compress_to_fp16=False)
+            return Lowered(facts={"operators": operators(model), "constants": constants(model)})
 
 
 def compare_port(component: str, port: openvino.Output, spec: TensorSpec) -> None:
@@ -74,11 +76,11 @@ def operators(model: openvino.Model) -> dict[str, int]:
 
 def constants(model: openvino.Model) -> dict[str, int]:
     """Bytes of Constant nodes by element type."""
-    counts: dict[str, Any] = {}
+    counts: dict[str, int] = {}
     for op in model.get_ops():
         if op.get_type_name() == "Constant":
             kind = op.get_element_type().get_type_name()
-            counts[kind] = counts.get(kind, 0) + int(op.data.nbytes)
+            counts[kind] = counts.get(kind, 0) + int(op.get_byte_size())
     return dict(sorted(counts.items()))
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from intaglio.exporters.cast import DTYPES, cast_to_contract
 from intaglio.exporters.lowering import Job, Lowered
 from intaglio.exporters.store import DATA, GRAPH
-from intaglio.exporters.tensorrt_checks import Prepared, check_size, codes_found, compare, network_facts, probes
+from intaglio.exporters.tensorrt_checks import Prepared, check_size, codes_found, compare, network_facts, probes, sizes
+from intaglio.exporters.tensorrt_passes import check_graph, decode_nf4
 from intaglio.profiles.errors import ToolError, UsageError
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
@@ -31,7 +32,6 @@ FIXED_BATCHES = (1, 2)  # one image without and with guidance: most of all runs
 # ``batches`` is faster at batch 1 and 2. TensorRT then keeps a second copy of unquantized weights that are multiplied
 # with [batch, K] (AdaLN, embeddings), in another layout: measured 2.0 times the weights; 1.03 for [batch, tokens, K].
 PROFILES = {"batches": FIXED_BATCHES, "range": ()}
-COMPUTE = {"float16": 2, "bfloat16": 2, "float32": 4}  # dtype -> bytes
 
 Profile = dict[str, tuple[int, int, int]]
 
@@ -60,6 +60,7 @@ class LowerTensorRt:
         Raises:
             ParityError: the network or a plan is not what the manifest and the graph say.
             ToolError: TensorRT refuses the graph; with its last error.
+            Unsupported: a format that a compute capability lacks, or a form TensorRT takes wrongly.
         """
         sms = wanted_sms(job.options)
         dtype = job.dtype
@@ -111,7 +112,7 @@ class PlanBuilder:
         start = time.perf_counter()
         plan = self._build(sm)
         size, layers = int(plan.nbytes), sum(self.network_facts.layers.values())
-        check_size(f"{self.job.component} {sm}", size, self.graph, self.job.format, layers * len(self.profiles))
+        check_size(f"{self.job.component} {sm}", size, self.graph, layers, len(self.profiles))
         path.write_bytes(memoryview(plan))
         record = {
             "sm": sm,
@@ -183,31 +184,38 @@ def api_for(sm: str) -> str:
 
 
 def prepare(job: Job, dtype: str, scratch: Path) -> Prepared:
-    """The graph in the compute dtype; one in float32 is used where it lies.
+    """The graph in the compute dtype, NF4 decoded to it; one in float32 without NF4 is used where it lies.
 
     Raises:
-        Unsupported: the cast refuses the graph.
+        Unsupported: the cast refuses the graph, or TensorRT would fail on it, see `check_graph`.
     """
     import onnx_ir as ir
+    from onnx_ir.passes import common
 
     path, facts = job.folder / GRAPH, {}
     model = ir.load(path)
+    check_graph(job.component, model, wanted_sms(job.options))
+    decoded = decode_nf4(model)
     if dtype in DTYPES:
-        # TensorRT's parser refuses `softmax_precision`: the softmax inside Attention is its own affair.
-        report = cast_to_contract(model, dtype, job.contract, softmax_attribute=False)
+        # TensorRT's parser refuses `softmax_precision`: the softmax inside Attention is its own affair. It wants the
+        # scales of both sides of a product in one dtype, and converts those of convolutions to float32 itself.
+        report = cast_to_contract(model, dtype, job.contract, softmax_attribute=False, float32_scales=True)
+        facts = report.to_json()
+    else:
+        common.ShapeInferencePass(data_prop=False)(model)
+    if decoded:
+        facts["decoded_nf4"] = decoded
+    if facts:
         path = scratch / GRAPH
         ir.save(model, path, external_data=DATA)
-        facts = report.to_json()
-    tensors = [value.const_value for value in model.graph.initializers.values()]
     types = Counter(node.op_type for node in model.graph)
     return Prepared(
         path=path,
         dtype=dtype,
-        packed=sum(int(t.nbytes) for t in tensors),
-        unpacked=sum(int(t.size) * COMPUTE[dtype] for t in tensors),
         quantizers={name: types[name] for name in ("DequantizeLinear", "QuantizeLinear")},
         probes=probes(model),
         facts=facts,
+        **sizes(model, dtype),
     )
 
 

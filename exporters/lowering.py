@@ -29,7 +29,8 @@ class Job:
         shapes: ranges of the axes.
         contract: numerics of the component.
         dtype: compute dtype of this target.
-        format: the weight format the graph carries.
+        format: the nominal weight format of the graph.
+        activations: its activation arithmetic: ``exact``, ``dynamic-per-token`` or ``static``.
         packed_bytes: bytes of ``model.onnx.data``, the least a faithful plan needs.
         options: ``--set`` values of this target, without the target's name (``{"sm": "sm89"}``).
         progress: called with a short text when something takes long.
@@ -45,6 +46,7 @@ class Job:
     format: str
     packed_bytes: int
     options: Mapping[str, str]
+    activations: str = "exact"
     progress: Callable[[str], None] = lambda text: None
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, Sequential, common
 
-from intaglio.exporters.capture import TRANSFORM
-from intaglio.quantize.rewrite import PARAMETER
+from intaglio.quantize.layers import PARAMETER
+from intaglio.quantize.rewrite import TRANSFORM
 
 FOLD_LIMIT_BYTES = 4096
 

@@ -8,17 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intaglio.exporters import additions
+from intaglio.exporters.certificate import CERTIFICATE_OPTIONS, CertificateSettings, certificate_settings
 from intaglio.exporters.checkpoint import Checkpoint, open_checkpoint
 from intaglio.exporters.checkpoint_index import family_options
 from intaglio.exporters.component import Component, FamilyExporter, family_of
 from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
 from intaglio.exporters.lowering import TARGETS, lowering
 from intaglio.exporters.preview_vae import CONTRACTS, with_preview
+from intaglio.exporters.recipes import (
+    calibration_set,
+    component_recipes,
+    formats_of,
+    is_quantized,
+    needs_feeds,
+    option_keys,
+)
+from intaglio.exporters.recipes import remarks as recipe_remarks
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import Contract, Family
-from intaglio.profiles.registry import pick, suggestion
+from intaglio.profiles.recipe import ComponentRecipe
+from intaglio.profiles.registry import pick
 from intaglio.profiles.spec import Range
-from intaglio.quantize.formats import FORMATS, check_recipe
+from intaglio.quantize.feeds import CalibrationSet
+from intaglio.quantize.formats import check_formats
 
 AUDIT_STEPS = "audit.steps"
 RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
@@ -34,7 +46,9 @@ class Plan:
     components: tuple[Component, ...]
     shapes: Mapping[str, Range]
     targets: tuple[str, ...]
-    recipe: Mapping[str, str]
+    recipe: Mapping[str, ComponentRecipe]
+    calibration: CalibrationSet | None
+    certificate: CertificateSettings | None
     options: Mapping[str, str]
     dtypes: Mapping[str, Mapping[str, str]]
     remarks: tuple[str, ...]
@@ -42,6 +56,21 @@ class Plan:
     def target_options(self, target: str) -> dict[str, str]:
         """The ``--set`` values of one target, without its name."""
         return {k.partition(".")[2]: v for k, v in self.options.items() if k.partition(".")[0] == target}
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Nominal format by component."""
+        return {name: recipe.format for name, recipe in self.recipe.items()}
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Components that are."""
+        return tuple(name for name, recipe in self.recipe.items() if is_quantized(recipe))
+
+    @property
+    def drafted(self) -> bool:
+        """Whether the unquantized graphs are needed: to record feeds, to compare pictures, to audit ranges."""
+        return bool(self.quantized) and bool(self.calibration or self.certificate or audited(self))
 
     def contract(self, component: str) -> Contract:
         """Numerics of a component of this checkpoint."""
@@ -53,6 +82,7 @@ def make_plan(
     *,
     targets: Sequence[str] = ("onnx",),
     quant: Mapping[str, str] | None = None,
+    recipe: str | Path | None = None,
     dtype: Sequence[str] = (),
     options: Mapping[str, str] | None = None,
     config: str | Path | None = None,
@@ -66,6 +96,7 @@ def make_plan(
         checkpoint: see `open_checkpoint`.
         targets: of TARGETS; ``onnx`` is always among them, the others are lowered from it.
         quant: component (or ``*``) to format.
+        recipe: a ``recipe.X.toml``; `quant` and ``quantize.`` options go over it.
         dtype: ``fp16``, ``bf16`` or ``fp32`` to compute in, or ``target=fp16``, within the contracts; OpenVINO knows no
             float32 islands, so that its fp16 is audited without them.
         options: ``target.key`` or ``family.key`` to value.
@@ -86,10 +117,11 @@ def make_plan(
     chosen = tuple(dict.fromkeys(("onnx", *targets)))
     for target in chosen:
         pick(TARGETS, target, "target")
-    recipe = expand_recipe(quant or {}, tuple(c.name for c in components))
-    contracts = contracts_of(components, profile)
+    contracts, names = contracts_of(components, profile), tuple(c.name for c in components)
+    recipes = component_recipes(quant or {}, recipe, options or {}, names, contracts)
     dtypes, notes = compute_dtypes(contracts, chosen, parse_dtypes(dtype, chosen))
-    remarks = [*check_recipe(recipe, tuple(RUNTIME_OF[t] for t in chosen)), *notes, *undone(opened), *opened.remarks]
+    remarks = check_formats(formats_of(recipes), tuple(RUNTIME_OF[t] for t in chosen))
+    remarks += [*recipe_remarks(recipes, contracts), *notes, *undone(opened), *opened.remarks]
     remarks += opened.inversions.remarks({c.source: opened.config(c.source) for c in components})
     plan = Plan(
         checkpoint=opened,
@@ -98,7 +130,9 @@ def make_plan(
         components=components,
         shapes=exporter.shapes(opened, profile),
         targets=chosen,
-        recipe=recipe,
+        recipe=recipes,
+        calibration=calibration_set(options or {}) if any(needs_feeds(r) for r in recipes.values()) else None,
+        certificate=certificate_settings(options or {}),
         options=dict(options or {}),
         dtypes=dtypes,
         remarks=tuple(remarks),
@@ -114,29 +148,15 @@ def contracts_of(components: Sequence[Component], profile: Family) -> dict[str, 
     return {c.name: c.contract(profile.contract.get(c.name, Contract())) for c in components}
 
 
-def expand_recipe(quant: Mapping[str, str], components: tuple[str, ...]) -> dict[str, str]:
-    """Format per component; ``*`` stands for all of them.
-
-    Raises:
-        UsageError: an unknown component or format.
-    """
-    for name, value in quant.items():
-        if name != "*" and name not in components:
-            raise UsageError(
-                f"--quant names the component {name!r}; allowed: {', '.join(components)}.{suggestion(name, components)}"
-            )
-        pick(FORMATS, value, "format")
-    return {c: quant.get(c, quant.get("*", "none")) for c in components}
-
-
 def check_options(plan: Plan) -> None:
     """Every ``--set`` key belongs to the family or a target that is built, and every target can be built here."""
     allowed = [f"{t}.{o}" for t in plan.targets for o in lowering(t).options]
     allowed += [f"{plan.profile.name}.{o}" for o in plan.exporter.options]
-    allowed.append(AUDIT_STEPS)
+    allowed += [AUDIT_STEPS, *CERTIFICATE_OPTIONS, *(option_keys() if plan.calibration else ())]
     audit_steps(plan.options)
     for key in plan.options:
-        if key not in allowed and not key.startswith("checkpoint."):  # those were checked when it was opened
+        # Those of the checkpoint were checked when it was opened, those of quantization with the recipes.
+        if key not in allowed and not key.startswith(("checkpoint.", "quantize.")):
             raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed)}")
     for target in plan.targets:
         lowering(target).check(plan.target_options(target))

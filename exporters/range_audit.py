@@ -7,11 +7,10 @@ pass would make float16, and of the scores inside `Attention`. The limit is half
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +20,10 @@ from intaglio.exporters.store import GRAPH
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import NumericsError, Unsupported
 from intaglio.profiles.family import Contract
-from intaglio.quantize.rewrite import PARAMETER
+from intaglio.quantize.layers import PARAMETER
 from intaglio.runtimes.engine import EngineOptions, check_feeds
 from intaglio.runtimes.pipeline import Pipeline
-from intaglio.runtimes.sampling import Clock
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from intaglio.runtimes.probe import Place, last_feeds, replaced, sample
 
 LIMIT = 32752.0  # half of 65504
 PROMPTS = ("a photograph of a red cat on the moon", "红心，月亮和一只猫")
@@ -40,14 +36,6 @@ class Peak:
     """The largest value a tensor took, and where."""
 
     value: float = 0.0
-    step: int = 0
-    prompt: str = ""
-
-
-@dataclass(slots=True)
-class Place:
-    """Where the sampling loop is."""
-
     step: int = 0
     prompt: str = ""
 
@@ -210,57 +198,10 @@ def audit_ranges(
     pipeline = Pipeline(artifact, "onnxruntime", EngineOptions(), residency="low")
     whole = any(not name.startswith("text_encoder") for name in contracts)  # text is read before the first step
     for prompt in prompts:
-        place.prompt = prompt
-        with kept(pipeline, engines):
-            result = run_through(pipeline, prompt, place, whole=whole, steps=steps)
-        if "vae_encoder" in engines:
-            pixels = np.stack([np.asarray(i, np.float32) for i in result.images]).transpose(0, 3, 1, 2)
-            engines["vae_encoder"].run({"sample": pixels / np.float32(127.5) - 1})
-        if "vae_preview" in engines:  # it clamps its input, so that the latents of earlier steps reach no further
-            engines["vae_preview"].run({"latent_sample": result.latents})
+        with replaced(pipeline, engines):
+            result = sample(pipeline, prompt, place, whole=whole, steps=steps)
+        if result is not None:
+            last_feeds(engines, result)
     for engine in engines.values():
         engine.close()
     return Audit({name: engine.peaks for name, engine in engines.items()})
-
-
-@contextlib.contextmanager
-def kept(pipeline: Pipeline, engines: Mapping[str, AuditEngine]) -> Iterator[None]:
-    """The pipeline with these engines in it for one run."""
-    used = dict(engines)
-    pipeline.engines.loaded.update(used)
-    pipeline.engines.keep = True
-    try:
-        yield
-    finally:
-        for name in used:
-            pipeline.engines.loaded.pop(name, None)
-        pipeline.engines.close()
-
-
-def run_through(pipeline: Pipeline, prompt: str, place: Place, *, whole: bool, steps: int | None) -> Any:
-    """One picture at the artifact's own settings, `place` kept on the step; without `whole` its text alone."""
-    import warnings
-
-    place.step = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        images = (waves(*pipeline.sampler.size(())),) if pipeline.sampler.needs_images else ()
-        request = pipeline.request(prompt, seed=0, images=images, num_inference_steps=steps)
-        if not whole:
-            pipeline.sampler.encode(pipeline.engines, request, Clock())
-            return None
-        events = pipeline.sampler.stream(pipeline.engines, request)
-        while True:
-            try:
-                place.step = next(events).index + 1
-            except StopIteration as stop:
-                return stop.value
-
-
-def waves(width: int, height: int) -> Image:
-    """A picture of full contrast, for artifacts that start from one."""
-    from PIL import Image
-
-    y, x = np.mgrid[:height, :width] / 32
-    pixels = np.stack([np.sin(x + y), np.cos(x - y), np.sin(x) * np.cos(2 * y)], axis=-1)
-    return Image.fromarray(((pixels + 1) * 127.5).astype(np.uint8))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from intaglio.exporters.capture import TRANSFORM
 from intaglio.exporters.passes import is_parameter
 from intaglio.profiles.spec import StoredTensor, WeightBinding
-from intaglio.quantize.rewrite import FORMAT, PARAMETER, SCALE
+from intaglio.quantize.layers import PARAMETER
+from intaglio.quantize.rewrite import ACTIVATION, FORMAT, PARTS, SMOOTH, TRANSFORM
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape arithmetic needs them
@@ -90,7 +91,9 @@ def weight_bindings(model: ir.Model) -> dict[str, WeightBinding]:
                 initializer=name,
                 transform=meta.get(TRANSFORM, "none"),
                 format=meta.get(FORMAT, "none"),
-                scale=meta.get(SCALE),
+                parts=json.loads(meta.get(PARTS, "{}")),
+                smooth=meta.get(SMOOTH),
+                activation=meta.get(ACTIVATION),
             )
     return bindings
 

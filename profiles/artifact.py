@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intaglio.profiles.certificate import FOLDER as CERTIFICATE
+from intaglio.profiles.certificate import Certificate, write_certificate
 from intaglio.profiles.errors import ArtifactError, UsageError
 from intaglio.profiles.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 
@@ -165,20 +167,25 @@ def swap(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def seal(folder: Path, manifest: Manifest, build_log: dict[str, Any]) -> Manifest:
-    """Write manifest, build log and ``SHA256SUMS`` into a finished folder and return the manifest with its files."""
+def seal(
+    folder: Path, manifest: Manifest, build_log: dict[str, Any], certificate: Certificate | None = None
+) -> Manifest:
+    """Write manifest, certificate, build log and ``SHA256SUMS`` into a finished folder; returns the manifest complete.
+
+    What lies in ``certificate/`` is no part of the manifest: the certificate names the manifest's digest, and its
+    figures differ between machines.
+    """
     import dataclasses
 
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = [p.relative_to(folder).as_posix() for p in paths]
-    sums = {n: sha256(p) for n, p in zip(names, paths, strict=True)}
-    files = {
-        n: FileRecord(size=(folder / n).stat().st_size, sha256=d) for n, d in sums.items() if n not in manifest.engines
-    }
+    sums = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    apart = {*manifest.engines, *(n for n in sums if n.startswith(f"{CERTIFICATE}/"))}
+    files = {n: FileRecord(size=(folder / n).stat().st_size, sha256=d) for n, d in sums.items() if n not in apart}
     sealed = dataclasses.replace(manifest, files=files)
     (folder / MANIFEST).write_bytes(sealed.to_bytes())
     (folder / BUILD_LOG).write_text(json.dumps(build_log, indent=1) + "\n", encoding="utf-8")
-    for name in (BUILD_LOG, MANIFEST):
-        sums[name] = sha256(folder / name)
+    written = [folder / BUILD_LOG, folder / MANIFEST]
+    if certificate is not None:
+        written.append(write_certificate(folder, dataclasses.replace(certificate, manifest=sealed.digest)))
+    sums.update({p.relative_to(folder).as_posix(): sha256(p) for p in written})
     (folder / SUMS).write_bytes(format_sums(sums).encode())
     return sealed

@@ -1,4 +1,4 @@
-"""The verbs ``verify`` and ``doctor``."""
+"""The verb ``doctor``."""
 
 from __future__ import annotations
 
@@ -31,21 +31,6 @@ BACKENDS = {
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt_rtx_bindings", "tensorrt"),
 }
-
-
-def configure_verify(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``intaglio verify``."""
-    parser.add_argument("artifact")
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    """Hash every file; an altered one is an error that names it."""
-    from intaglio.profiles.artifact import Artifact
-
-    artifact = Artifact.open(args.artifact, verify=False)
-    count = artifact.verify()
-    print(f"{artifact.folder}: {count} files as recorded, manifest {artifact.manifest.digest}")
-    return 0
 
 
 def configure_doctor(parser: argparse.ArgumentParser) -> None:
@@ -93,5 +78,4 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 1 if facts["problems"] else 0
 
 
-VERIFY = Verb(configure_verify, run_verify)
 DOCTOR = Verb(configure_doctor, run_doctor)

@@ -24,6 +24,9 @@ class Contract:
         float32_parameters: glob patterns of parameter names; the operators that read them compute in float32.
         activations_scale_factor: OpenVINO divides activations by it in float16; 0 leaves them alone.
         keep: glob patterns of parameter names that are not quantized.
+        int8: glob patterns of parameter names that go no lower than int8 weight-only.
+        static_activations: whether activations of this component may be quantized statically; where not, w8a8 and fp8
+            mean their weight-only counterparts.
         tolerance: relative L2 to torch in float32.
         tensorrt_profiles: ``range`` is one profile over all shapes, ``batches`` adds two fixed at one and two images.
         source: why.
@@ -35,6 +38,8 @@ class Contract:
     float32_parameters: tuple[str, ...] = ()
     activations_scale_factor: float = 0.0
     keep: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
+    static_activations: bool = True
     tolerance: float = 1e-4
     tensorrt_profiles: str = "batches"
     source: str = ""

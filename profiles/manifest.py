@@ -12,7 +12,7 @@ from intaglio.profiles.errors import ArtifactError
 from intaglio.profiles.spec import ComponentRecord, Range
 from intaglio.profiles.strict import from_dict, to_dict
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.profiles.errors import ProfileError, UsageError
@@ -86,21 +86,65 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBinding:
-    """How a checkpoint parameter became an initializer.
+    """How a checkpoint parameter became initializers.
 
-    `transform` is ``none``, ``transpose`` or ``last_frame`` (of a causal 3D kernel); `format` a row of FORMATS;
-    `scale` the initializer of the scales.
+    Attributes:
+        initializer: the weight itself, or its codes.
+        transform: ``none``, ``transpose``, ``last_frame`` (of a causal 3D kernel) or ``scaled`` (a norm's weights that
+            took a smoothing factor).
+        format: a row of FORMATS.
+        parts: further initializers by role: ``scale``, ``absmax_codes``, ``low_rank_a``, ``low_rank_b``.
+        smooth: initializer [K] the input is multiplied with before it meets the codes.
+        activation: initializer of the static scale the input is quantized with.
     """
 
     initializer: str
     transform: str = "none"
     format: str = "none"
-    scale: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    smooth: str | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of a component is at its nominal format (or at the floor its family sets).
+
+    Attributes:
+        weights: share of the bytes (as float32) of MatMul weights, 0 to 1.
+        all_weights: the same of MatMul and Conv weights.
+        macs: share of multiply-accumulates of MatMul and Conv, where calibration counted them.
+        exceptions: parameter to ``format: reason``.
+    """
+
+    weights: float
+    all_weights: float
+    macs: float | None = None
+    exceptions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a component was quantized.
+
+    Attributes:
+        activations: ``exact``, ``dynamic-per-token`` or ``static``; engines are set to it explicitly.
+        recipe: the component's recipe, complete.
+        coverage: see `Coverage`.
+        calibration: sha256 of the recorded feeds, and how they came about; empty where nothing was calibrated.
+        low_rank: weighted error of the weights without and with the low-rank branch, where there is one.
+    """
+
+    activations: str
+    recipe: dict[str, Any]
+    coverage: Coverage
+    calibration: dict[str, Any] = field(default_factory=dict)
+    low_rank: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:
-    """A component as the manifest states it; `coverage` is the quantized share of MatMul and Conv weights, 0 to 1."""
+    """A component as the manifest states it; `quantization` is ``None`` where weights are the checkpoint's own."""
 
     source: str
     inputs: tuple[TensorSpec, ...]
@@ -110,4 +154,4 @@ class ComponentRecord:
     targets: tuple[str, ...]
     tensors: dict[str, StoredTensor]
     weights: dict[str, WeightBinding]
-    coverage: float
+    quantization: Quantization | None = None

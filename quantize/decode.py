@@ -4,42 +4,108 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from intaglio.profiles.artifact import Artifact
-from intaglio.quantize.formats import codec
+from intaglio.profiles.spec import WeightBinding
+from intaglio.quantize.formats import FORMATS, codec
 
 GRAPH = "model.onnx"
 
 
-def quantized_weights(artifact: Artifact, component: str) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, int]]:
-    """Parameter, format, codes, scales and channel axis of every quantized weight, as stored in the ONNX file."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """One quantized weight as the ONNX file holds it.
+
+    Attributes:
+        parameter: its name in the checkpoint.
+        binding: what the manifest says of it.
+        tensors: by role, ``codes`` first; the low-rank branch is in `low_rank`.
+        shape, axis: of the weight as it was encoded, and its output channels.
+        smooth: factor [K] the input is multiplied with.
+        activation: static scale of the input.
+    """
+
+    parameter: str
+    binding: WeightBinding
+    tensors: dict[str, np.ndarray]
+    low_rank: tuple[np.ndarray, np.ndarray] | None
+    shape: tuple[int, ...]
+    axis: int
+    smooth: np.ndarray | None
+    activation: float | None
+
+    def decode(self) -> np.ndarray:
+        """The float32 weight the layer multiplies its (smoothed) input with; linear weights as [K, N].
+
+        With a static scale the low-rank branch stands apart: it multiplies the input before that is rounded.
+        """
+        value = codec(self.binding.format).decode(self.tensors, self.shape, self.axis)
+        if self.low_rank is not None and self.activation is None:
+            value = value + self.low_rank[0].astype(np.float32) @ self.low_rank[1].astype(np.float32)
+        return value
+
+
+def quantized_weights(artifact: Artifact, component: str) -> Iterator[StoredWeight]:
+    """Every quantized weight of a component, one at a time."""
     import onnx_ir as ir
 
     record = artifact.manifest.components[component]
-    if record.format == "none":
+    if record.quantization is None:
         return
-    initializers = ir.load(artifact.component(component) / GRAPH).graph.initializers
+    model = ir.load(artifact.component(component) / GRAPH)
     for parameter, binding in record.weights.items():
         if binding.format == "none":
             continue
-        values = [initializers[name].const_value for name in (binding.initializer, binding.scale)]
-        codes, scale = (np.asarray(v.numpy()) for v in values)
-        yield parameter, binding.format, codes, scale, 1 if codes.ndim == 2 else 0
+        yield _stored(model.graph.initializers, parameter, binding)
 
 
-def decoded_weights(artifact: Artifact, component: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameter name and decoded float32 value of every quantized weight, one at a time, linear weights as [N, K]."""
-    weights = artifact.manifest.components[component].weights
-    for parameter, name, codes, scale, axis in quantized_weights(artifact, component):
-        value = codec(name).decode(codes, scale, axis)
-        yield parameter, np.ascontiguousarray(value.T) if weights[parameter].transform == "transpose" else value
+def _stored(initializers: Any, parameter: str, binding: WeightBinding) -> StoredWeight:
+    def read(name: str) -> np.ndarray:
+        array = np.asarray(initializers[name].const_value.numpy())
+        return array.astype(np.int8) if array.dtype.name == "int4" else array
+
+    tensors = {"codes": read(binding.initializer), **{role: read(name) for role, name in binding.parts.items()}}
+    low_rank = (tensors.pop("low_rank_a"), tensors.pop("low_rank_b")) if "low_rank_a" in tensors else None
+    (use,) = initializers[binding.initializer].uses()
+    node = use.node
+    if FORMATS[binding.format].storage == "UINT8":
+        shape, axis = (node.attributes["K"].as_int(), node.attributes["N"].as_int()), 1
+    else:
+        shape = tensors["codes"].shape
+        (reader,) = node.outputs[0].uses()
+        axis = 1 if reader.node.op_type == "MatMul" else 0
+    return StoredWeight(
+        parameter=parameter,
+        binding=binding,
+        tensors=tensors,
+        low_rank=low_rank,
+        shape=shape,
+        axis=axis,
+        smooth=read(binding.smooth) if binding.smooth else None,
+        activation=float(read(binding.activation)) if binding.activation else None,
+    )
+
+
+def decoded_weights(artifact: Artifact, component: str) -> Iterator[tuple[StoredWeight, np.ndarray]]:
+    """Every quantized weight with its float32 value in the checkpoint's layout, the input's smoothing folded in.
+
+    Linear weights are [N, K]. The layer's input is then taken as it is; a static scale applies to the smoothed input.
+    """
+    for weight in quantized_weights(artifact, component):
+        value = weight.decode()
+        if weight.smooth is not None:
+            value = value * weight.smooth[:, None]
+        transposed = weight.binding.transform == "transpose"
+        yield weight, np.ascontiguousarray(value.T) if transposed else value
 
 
 def codes_digest(artifact: Artifact, component: str) -> str:
     """sha256 over every code in parameter order: equal digests are equal codes."""
     digest = hashlib.sha256()
-    for parameter, _, codes, _, _ in sorted(quantized_weights(artifact, component), key=lambda row: row[0]):
-        digest.update(parameter.encode() + codes.tobytes())
+    for weight in sorted(quantized_weights(artifact, component), key=lambda w: w.parameter):
+        digest.update(weight.parameter.encode() + weight.tensors["codes"].tobytes())
     return digest.hexdigest()

@@ -2,79 +2,315 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from intaglio.quantize.formats import codec
+from intaglio.profiles.errors import NumericsError
+from intaglio.quantize.formats import FORMATS, codec
+from intaglio.quantize.layers import PARAMETER, Choice, Layer, find_layers
 
-FORMAT, SCALE, AXIS = "intaglio.format", "intaglio.scale", "intaglio.axis"
-PARAMETER = "intaglio.parameter"  # metadata of a graph value: the checkpoint parameter it came from
-SMALLEST = 4096  # elements; below, scales and nodes cost more than the codes save
-CHANNEL_AXIS = {"MatMul": 1, "Conv": 0}  # output channels: MatMul weights are [K, N], Conv weights [M, C, kH, kW]
+FORMAT, PARTS, SMOOTH, ACTIVATION = "intaglio.format", "intaglio.parts", "intaglio.smooth", "intaglio.activation"
+TRANSFORM = "intaglio.transform"
+DOMAIN, NF4_NODE = "intaglio", "DequantizeNF4"  # the one node ONNX has no operator for; every lowering replaces it
+NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
+LOW_RANK = ("low_rank_a", "low_rank_b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """Weight elements in MatMul and Conv, and how many of them are quantized."""
+class InputScales:
+    """What calibration found for the input of one layer.
 
-    eligible: int
-    quantized: int
+    Attributes:
+        smooth: factor [K] float32 the weight's rows are multiplied with and the input divided by; ``None``: neither.
+        activation: static scale of the (smoothed) input.
+        importance: mean square [K] of the (smoothed) input, for searches.
+    """
+
+    smooth: np.ndarray | None = None
+    activation: float | None = None
+    importance: np.ndarray | None = None
+
+
+class BadWeight(NumericsError):
+    """A weight with NaN or infinity; `parameter` is its name in the checkpoint."""
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter}: {reason}")
+        self.parameter = parameter
+
+
+@dataclass(slots=True)
+class Weight:
+    """One weight as it will be stored: tensors by role, made when the first is asked for and given away one by one.
+
+    Writers ask for the codes first, then for the small tensors behind them, so that one weight is held at a time.
+    """
+
+    layer: Layer
+    format: str
+    method: str
+    scales: InputScales
+    rank: int
+    held: dict[str, np.ndarray] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
-    def share(self) -> float:
-        """Quantized share, 0 to 1."""
-        return self.quantized / self.eligible if self.eligible else 0.0
+    def axis(self) -> int:
+        """Output channels of the weight as it is encoded."""
+        return 0 if self.layer.op in ("Conv", "Gather") else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as it is encoded."""
+        return self.layer.shape[1::-1] if self.layer.pointwise else self.layer.shape
+
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """ONNX dtype and shape by role."""
+        rows = codec(self.format, self.method).layout(self.shape, self.axis)
+        if self.rank:
+            k, n = self.shape
+            rows |= {LOW_RANK[0]: ("FLOAT16", (k, self.rank)), LOW_RANK[1]: ("FLOAT16", (self.rank, n))}
+        return rows
+
+    def tensor(self, role: str) -> np.ndarray:
+        """One of them.
+
+        Raises:
+            BadWeight: the weight has a NaN or an infinity.
+        """
+        if role not in self.held:
+            try:
+                self.held = self._encode()
+            except ValueError as error:
+                raise BadWeight(self.layer.parameter, str(error)) from error
+        return self.held.pop(role)
+
+    def _encode(self) -> dict[str, np.ndarray]:
+        weight, scales = self.layer.read(), self.scales
+        if scales.smooth is not None:
+            weight = weight * scales.smooth[:, None]
+        pair = codec(self.format, self.method)
+        if not self.rank:
+            return pair.encode(weight, self.axis, importance=scales.importance)
+        from intaglio.quantize.low_rank import correct
+
+        found = correct(weight, pair, self.axis, self.rank, importance=scales.importance)
+        self.errors = {"without": found[3], "with": found[4]}
+        return {**found[0], LOW_RANK[0]: found[1], LOW_RANK[1]: found[2]}
 
 
-def quantize_graph(model: ir.Model, name: str, keep: Iterable[str] = ()) -> Coverage:
-    """Quantize every MatMul and Conv weight of a graph in place to the format `name`.
+@dataclass(slots=True)
+class Rewriter:
+    """One pass over the layers of a graph; remembers what layers with the same input share."""
 
-    Each weight initializer becomes codes, float32 scales and one DequantizeLinear with one consumer. Values stay lazy:
-    codes are computed when the graph is written. `keep` are glob patterns of parameter names that stay as they are.
+    model: ir.Model
+    method: str
+    rank: int
+    shared: dict[tuple[int, str, bytes], ir.Value] = field(default_factory=dict)
+    weights: list[Weight] = field(default_factory=list)
+
+    def quantize(self, layer: Layer, name: str, scales: InputScales) -> None:
+        """Put codes in the place of one weight."""
+        rank = self.rank if layer.op == "MatMul" and FORMATS[name].bits < 8.5 and name != "int8" else 0
+        weight = Weight(layer, name, self.method, scales, min(rank, *layer.shape[:2]) if rank else 0)
+        self.weights.append(weight)
+        node = pointwise_to_matmul(self.model, layer) if layer.pointwise else layer.node
+        initializers = self._initializers(weight)
+        codes = initializers["codes"]
+        codes.metadata_props[PARAMETER] = layer.parameter
+        dequantized = self._dequantize(node, weight, initializers)
+        if layer.op == "Gather":
+            node.replace_input_with(0, dequantized)
+        else:
+            node.replace_input_with(1, dequantized)
+            smoothed = self._smooth(node, scales, codes)
+            if weight.rank:
+                self._low_rank(node, smoothed, initializers)
+            node.replace_input_with(0, self._activation(node, smoothed, name, scales, codes))
+        parts = {role: str(v.name) for role, v in initializers.items() if role != "codes"}
+        codes.metadata_props.update({FORMAT: name, PARTS: json.dumps(parts)})
+        transform = "transpose" if layer.pointwise else layer.source.metadata_props.get(TRANSFORM)
+        if transform:
+            codes.metadata_props[TRANSFORM] = transform
+
+    def _initializers(self, weight: Weight) -> dict[str, ir.Value]:
+        base, made = f"{weight.layer.parameter}.{weight.format}", {}
+        while f"{base}.codes" in self.model.graph.initializers:  # a weight of two consumers
+            base += "_"
+        for role, (dtype, shape) in weight.layout().items():
+            made[role] = self._lazy(f"{base}.{role}", weight, role, ir.DataType[dtype], shape)
+        return made
+
+    def _lazy(self, name: str, weight: Weight, role: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+        def read() -> ir.Tensor:
+            array = weight.tensor(role)
+            return ir.tensor(np.ascontiguousarray(array).astype(dtype.numpy()).reshape(shape), name=name)
+
+        tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
+        return register(self.model, name, tensor)
+
+    def _dequantize(self, node: ir.Node, weight: Weight, parts: Mapping[str, ir.Value]) -> ir.Value:
+        row = FORMATS[weight.format]
+        stored = [v for role, v in parts.items() if role not in LOW_RANK]
+        if row.storage == "UINT8":
+            k, n = weight.shape
+            made = ir.node(NF4_NODE, stored, {"block_size": row.block, "K": k, "N": n}, domain=DOMAIN)
+            self.model.graph.opset_imports[DOMAIN] = 1
+        elif row.block:
+            made = ir.node("DequantizeLinear", stored, {"axis": 0, "block_size": row.block})
+        else:
+            made = ir.node("DequantizeLinear", stored, {"axis": weight.axis})
+        return insert(self.model, node, made, ir.DataType.FLOAT, weight.shape)
+
+    def _smooth(self, node: ir.Node, scales: InputScales, codes: ir.Value) -> ir.Value:
+        value, parameter = node.inputs[0], codes.metadata_props[PARAMETER]
+        if scales.smooth is None:
+            return value
+        factor = (1 / scales.smooth).astype(np.float32)
+        key = (id(value), "smooth", factor.tobytes())
+        if key not in self.shared:
+            constant = self._constant(f"{parameter}.smooth", factor)
+            self.shared[key] = insert(self.model, node, ir.node("Mul", [value, constant]), value.dtype, value.shape)
+        found = self.shared[key]
+        codes.metadata_props[SMOOTH] = str(found.producer().inputs[1].name)
+        return found
+
+    def _activation(self, node: ir.Node, value: ir.Value, name: str, scales: InputScales, codes: ir.Value) -> ir.Value:
+        row, parameter = FORMATS[name], codes.metadata_props[PARAMETER]
+        if not row.static:
+            return value
+        assert scales.activation is not None, f"{name} was not calibrated"
+        step = np.array(scales.activation, np.float32)
+        key = (id(value), row.activations, step.tobytes())
+        if key not in self.shared:
+            dtype = ir.DataType[row.activations]
+            scale = self._constant(f"{parameter}.input_scale", step)
+            zero = self._constant(f"{parameter}.input_zero", np.zeros((), dtype.numpy()))
+            quantized = insert(self.model, node, ir.node("QuantizeLinear", [value, scale, zero]), dtype, value.shape)
+            self.shared[key] = insert(
+                self.model, node, ir.node("DequantizeLinear", [quantized, scale, zero]), value.dtype, value.shape
+            )
+        found = self.shared[key]
+        codes.metadata_props[ACTIVATION] = str(found.producer().inputs[1].name)
+        return found
+
+    def _low_rank(self, node: ir.Node, value: ir.Value, parts: Mapping[str, ir.Value]) -> None:
+        """Add ``(x A) B`` to the node's output."""
+        out = node.outputs[0]
+        down, up = (
+            insert(self.model, node, ir.node("Cast", [parts[r]], {"to": ir.DataType.FLOAT.value}), ir.DataType.FLOAT)
+            for r in LOW_RANK
+        )
+        inner = insert(self.model, node, ir.node("MatMul", [value, down]), ir.DataType.FLOAT)
+        outer = insert(self.model, node, ir.node("MatMul", [inner, up]), ir.DataType.FLOAT, out.shape)
+        total = ir.node("Add", [out, outer])
+        total.outputs[0].dtype, total.outputs[0].shape = ir.DataType.FLOAT, out.shape
+        self.model.graph.insert_after(node, total)
+        replace_uses(self.model, out, total.outputs[0], but=total)
+
+    def _constant(self, name: str, values: np.ndarray) -> ir.Value:
+        while name in self.model.graph.initializers:
+            name += "_"
+        return register(self.model, name, ir.tensor(values, name=name))
+
+
+def quantize_graph(
+    model: ir.Model,
+    choices: Mapping[str, Choice],
+    scales: Mapping[str, InputScales] | None = None,
+    *,
+    method: str = "mse",
+    rank: int = 0,
+) -> list[Weight]:
+    """Quantize the layers of a graph in place, each to its choice; returns what will be stored.
+
+    Values stay lazy: codes are computed when the graph is written, a weight at a time. Layers that share an input share
+    its smoothing and its static scale where those are equal.
+
+    Args:
+        model: the canonical graph; half-precision weights may be behind a Cast.
+        choices: format by parameter, see `intaglio.quantize.layers.assign`.
+        scales: by parameter; static formats need one.
+        method: ``rtn``, ``mse`` or ``awq`` (whose factors are in `scales`).
+        rank: of the low-rank branch beside 4-bit, nf4, fp8 and w8a8 weights; 0: none.
     """
-    eligible = quantized = 0
-    for node in list(model.graph):
-        value = node.inputs[1] if node.op_type in CHANNEL_AXIS and len(node.inputs) > 1 else None
-        if value is None or PARAMETER not in value.metadata_props or value.const_value is None:
-            continue
-        count = int(np.prod(value.const_value.shape.numpy()))
-        eligible += count
-        parameter = value.metadata_props[PARAMETER]
-        if count < SMALLEST or any(fnmatch.fnmatch(parameter, pattern) for pattern in keep):
-            continue
-        _replace_weight(model, node, value, name)
-        quantized += count
-    if quantized:
+    rewriter = Rewriter(model, method, rank)
+    for layer in find_layers(model):
+        name = choices[layer.parameter].format
+        if name != "none":
+            rewriter.quantize(layer, name, (scales or {}).get(layer.parameter, InputScales()))
+    if rewriter.weights:
+        cancel_transposes(model)
+        drop_unused(model)
         model.graph.opset_imports[""] = max(model.graph.opset_imports.get("", 0), 21)
-    return Coverage(eligible=eligible, quantized=quantized)
+    return rewriter.weights
 
 
-def _replace_weight(model: ir.Model, node: ir.Node, value: ir.Value, name: str) -> None:
-    axis, source, pair = CHANNEL_AXIS[node.op_type], value.const_value, codec(name)
-    channels = int(source.shape[axis])
-
-    def encode(part: int) -> Any:
-        return lambda: ir.tensor(np.ascontiguousarray(pair.encode(source.numpy(), axis)[part]))
-
-    codes = _initializer(model, f"{value.name}.{name}", encode(0), ir.DataType.INT8, tuple(source.shape.numpy()))
-    scale = _initializer(model, f"{value.name}.{name}.scale", encode(1), ir.DataType.FLOAT, (channels,))
-    codes.metadata_props.update(value.metadata_props)
-    codes.metadata_props.update({FORMAT: name, SCALE: str(scale.name), AXIS: str(axis)})
-    dequantize = ir.node("DequantizeLinear", [codes, scale], {"axis": axis})
-    dequantize.outputs[0].dtype, dequantize.outputs[0].shape = ir.DataType.FLOAT, source.shape
-    model.graph.insert_before(node, dequantize)
-    node.replace_input_with(1, dequantize.outputs[0])
-    if not value.uses():
-        del model.graph.initializers[value.name]
+def pointwise_to_matmul(model: ir.Model, layer: Layer) -> ir.Node:
+    """A 1x1 convolution as Transpose, MatMul (and Add), Transpose; returns the MatMul."""
+    node, out = layer.node, layer.node.outputs[0]
+    k, n = layer.shape[1::-1]
+    turned = insert(model, node, ir.node("Transpose", [node.inputs[0]], {"perm": NHWC}), ir.DataType.FLOAT)
+    weight = ir.Value(name=f"{layer.parameter}.pointwise", shape=ir.Shape((k, n)), type=out.type)
+    matmul = ir.node("MatMul", [turned, weight])  # the caller puts the codes there
+    value = insert(model, node, matmul, ir.DataType.FLOAT)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = insert(model, node, ir.node("Add", [value, node.inputs[2]]), ir.DataType.FLOAT)
+    back = insert(model, node, ir.node("Transpose", [value], {"perm": NCHW}), ir.DataType.FLOAT, out.shape)
+    replace_uses(model, out, back)
+    model.graph.remove(node, safe=True)
+    return matmul
 
 
-def _initializer(model: ir.Model, name: str, read: Any, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-    tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+def cancel_transposes(model: ir.Model) -> None:
+    """Drop pairs of Transposes that undo each other; what `pointwise_to_matmul` puts beside those of attention."""
+    for node in list(model.graph):
+        before = node.inputs[0].producer() if node.op_type == "Transpose" else None
+        if before is None or before.op_type != "Transpose":
+            continue
+        first, second = (list(n.attributes["perm"].as_ints()) for n in (before, node))
+        if [first[i] for i in second] == list(range(len(first))):
+            replace_uses(model, node.outputs[0], before.inputs[0])
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove nodes and initializers nobody reads, such as weights that have codes now."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+
+
+def insert(
+    model: ir.Model, before: ir.Node, node: ir.Node, dtype: ir.DataType | None, shape: Iterable[Any] | None = None
+) -> ir.Value:
+    """Put a node in front of another; returns its output."""
+    model.graph.insert_before(before, node)
+    value = node.outputs[0]
+    value.dtype = dtype
+    if shape is not None:
+        value.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(tuple(shape))
+    return value
+
+
+def register(model: ir.Model, name: str, tensor: Any) -> ir.Value:
+    """A new initializer."""
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     model.graph.register_initializer(value)
     return value
+
+
+def replace_uses(model: ir.Model, old: ir.Value, new: ir.Value, *, but: ir.Node | None = None) -> None:
+    """Let every reader of `old` (except `but`) read `new`; a graph output keeps its name."""
+    for use in list(old.uses()):
+        if use.node is not but:
+            use.node.replace_input_with(use.idx, new)
+    outputs = model.graph.outputs
+    for index, value in enumerate(outputs):
+        if value is old:
+            old.name, new.name = f"{old.name}.before", old.name
+            outputs[index] = new

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from partial import QUICK
 
 CACHE = "INTAGLIO_TEST_CACHE"  # a temporary folder of the session; subprocesses inherit it
 ROOMS = ("profiles", "runtimes", "quantize", "exporters", "bench")
@@ -103,6 +104,7 @@ def cli_build(tiny_checkpoint, tiny_artifact, tmp_path_factory):
     folder = Path(shutil.copytree(tiny_artifact.folder, tmp_path_factory.mktemp("cli") / "artifact"))
     (folder / "leftover.txt").write_text("of the older artifact")
     command = [sys.executable, "-m", "intaglio", "build", tiny_checkpoint, "-o", folder, "--target", "openvino"]
+    command += [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
     result = subprocess.run([*command, "--force", "--json"], capture_output=True, text=True, check=False)
     return CommandResult(folder, result.returncode, result.stdout, result.stderr)
 
@@ -119,7 +121,7 @@ def built_case(tmp_path_factory):
         case = tiny.CASES[name]
         key = artifact_key(case)
         if key not in held:
-            held[key] = Built(case, tmp_path_factory.mktemp("family"), ("openvino",), {})
+            held[key] = Built(case, tmp_path_factory.mktemp("family"), ("openvino",), QUICK)
         return held[key]
 
     yield made
@@ -133,14 +135,14 @@ def tiny_artifact_tensorrt(tiny_checkpoint, tmp_path_factory):
     from intaglio.exporters.build import build
     from intaglio.runtimes.tensorrt_api import present_gpu
 
-    folder, options = tmp_path_factory.mktemp("artifact") / "trt", {"tensorrt.sm": present_gpu() or ""}
+    folder, options = tmp_path_factory.mktemp("artifact") / "trt", {**QUICK, "tensorrt.sm": present_gpu() or ""}
     return build(tiny_checkpoint, folder, targets=("tensorrt",), dtype=["tensorrt=fp32"], options=options)
 
 
 def built(checkpoint, folder, quant):
     import intaglio.exporters.build as module
 
-    return module.build(checkpoint, folder, targets=("onnx", "openvino"), quant=quant)
+    return module.build(checkpoint, folder, targets=("onnx", "openvino"), quant=quant, options=QUICK)
 
 
 @pytest.fixture

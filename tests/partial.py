@@ -11,9 +11,11 @@ import pytest
 
 from intaglio.profiles.artifact import Artifact
 
+QUICK = {"certificate.prompts": "0"}  # options of builds whose pictures nobody looks at
+
 
 def build_only(checkpoint: Path, folder: Path, *names: str, **options: Any) -> Artifact:
-    """Build these components alone."""
+    """Build these components alone; `options` are those of `build`."""
     import intaglio.exporters.build as module
 
     plan = module.make_plan
@@ -24,7 +26,7 @@ def build_only(checkpoint: Path, folder: Path, *names: str, **options: Any) -> A
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_plan", some)
-        return module.build(checkpoint, folder, **options)
+        return module.build(checkpoint, folder, **{**options, "options": {**QUICK, **options.get("options", {})}})
 
 
 def completed(part: Artifact, whole: Artifact, *names: str) -> Artifact:

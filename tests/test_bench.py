@@ -97,7 +97,6 @@ def artifact_at(folder, *, format_="none", engines=()):
         source="unet",
         parameters=2,
         format=format_,
-        coverage=0.0,
     )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,

@@ -40,7 +40,6 @@ RECORD = ComponentRecord(
     targets=("onnx", "tensorrt"),
     tensors={},
     weights={},
-    coverage=0.0,
 )
 
 

@@ -227,7 +227,7 @@ def registry_strings():
     from intaglio.quantize.formats import FORMATS
 
     found |= {f"{module}:EXPORTER" for module in FAMILIES.values()}
-    found |= {f"{row.codec}:CODEC" for row in FORMATS.values() if row.codec is not None}
+    found |= {path for row in FORMATS.values() for path in (row.codec, row.rtn) if path is not None}
     return sorted(found)
 
 

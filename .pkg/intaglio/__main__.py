@@ -23,7 +23,14 @@ VERBS = {
         "intaglio.exporters.cli:INSPECT",
         "show what an artifact is: components, formats, sizes, ranges, engines",
     ),
-    "verify": ("intaglio.profiles.cli:VERIFY", "check every file of an artifact against its digests"),
+    "quantize-search": (
+        "intaglio.bench.search:QUANTIZE_SEARCH",
+        "find the cheapest format of every layer whose picture stays within a budget",
+    ),
+    "verify": (
+        "intaglio.runtimes.verify:VERIFY",
+        "check an artifact: every file by its digest, its pictures by making them",
+    ),
     "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
     "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
 }
@@ -49,7 +56,7 @@ def usage() -> str:
     """The text of ``intaglio --help``."""
     lines = [f"intaglio {__version__}: one diffusion checkpoint, one artifact, the same picture on every backend.", ""]
     lines += ["usage: intaglio VERB [ARGUMENTS]", ""]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in VERBS.items()]
+    lines += [f"  {name:<15} {text}" for name, (_, text) in VERBS.items()]
     return "\n".join([*lines, "", "intaglio VERB --help shows the arguments of a verb."])
 
 
