@@ -94,7 +94,8 @@ def shown() -> Console:
 def build_source(folder: Path) -> Artifact:
     """The unquantized artifact of the transformer alone, for both backends."""
     sys.path.insert(0, str(ROOT / "tests"))
-    tiny, partial = importlib.import_module("tiny_sd3"), importlib.import_module("partial")
+    tiny: Any = importlib.import_module("tiny_sd3")
+    partial: Any = importlib.import_module("partial")
     import diffusers
     import torch
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ components, `--quant unet=w8a8` one, `--profile recipe.X.toml` names layers.
 A format is asked for by one name and carried out layer by layer: a convolution, an embedding or a layer whose width is
 no multiple of the block takes the format that the columns on the right name. What a family keeps high is in its
 `profiles/family.X.toml`, and the manifest lists every exception."""
-RUNS = """*native*: the backend computes on the codes or keeps them packed in memory. *lowered*: the same after the build
-rewrote the graph for this backend, with the same codes. *stored-only*: the file is smaller, the backend unpacks the
-weights to compute. The reason of each cell is in [support](support.md)."""
+RUNS = """*native*: the backend computes on the codes or keeps them packed in memory. *lowered*: the same, after the
+build rewrote the graph for this backend, with the same codes. *stored-only*: the file is smaller, the backend unpacks
+the weights to compute. The reason of each cell is in [support](support.md)."""
 EMOJI = """The embedded checkpoint, 128x128, {steps} steps, one thread; a case is a process of its own. *x fp32* and *x
 torch* are seconds of an image over those of the same backend in fp32 and of torch eager in fp32, the median (and range)
 of {rounds} interleaved rounds: under 1 is faster. *Peak* is the highest resident memory over load and one image. PSNR,
@@ -176,7 +176,7 @@ def mmdit_section(root: Path) -> list[str]:
     facts = recorded("mmdit", root)
     if facts is None:
         return ["## Measured: a transformer", "", NOT_MEASURED.format("mmdit")]
-    columns = {
+    columns: dict[str, Callable[[Any], str]] = {
         "backend": str,
         "format": lambda v: f"`{v}`",
         "activations": str,

@@ -14,7 +14,7 @@ from typing import Any
 
 from intaglio.bench.cli import progress
 from intaglio.bench.machine import fingerprint
-from intaglio.bench.report import check_target, megabytes, report_folder, write_atomic
+from intaglio.bench.report import check_target, report_folder, write_atomic
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import Unsupported, UsageError
@@ -160,6 +160,7 @@ def run_search(
     from intaglio.exporters.candidates import Workshop
     from intaglio.exporters.search import search
     from intaglio.exporters.survey import Survey, timed
+    from intaglio.quantize.decode import codes_digest
 
     survey = Survey(artifact, settings, folder, note)
     shop = Workshop(survey, survey.groups(), note)
@@ -172,6 +173,7 @@ def run_search(
             shop.groups = timed(shop.groups, survey.statistics.macs, seconds)
         found = search(shop.groups, shop.verify, budget, objective=objective, usable=shop.usable, before=points)
         report = gather(artifact, settings, budget, objective, shop, found)
+        report["facts"]["codes_sha256"] = codes_digest(shop.derive(found.chosen.plan, folder / "chosen"), survey.name)
         facts = {k: str(v) for k, v in report["facts"].items()}
         return report, Recipe(
             name=report["name"], component={survey.name: shop.recipe(found.chosen.plan)}, budget=facts
@@ -241,8 +243,8 @@ COLUMNS = ("plan", "MB", "smaller", "x speed", "PSNR worst", "median", "SSIM wor
 
 def cells(row: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     """One point as text, a cell a column."""
-    mark = "chosen" if row["chosen"] else "front" if row["front"] else ""
-    size = [megabytes(row["bytes"]), f"{report['unquantized_bytes'] / row['bytes']:.2f}x"]
+    mark = "chosen" if row["chosen"] else "on the front" if row["front"] else ""
+    size = [f"{row['bytes'] / 1e6:.2f}", f"{report['unquantized_bytes'] / row['bytes']:.2f}x"]
     counts = ", ".join(f"{n} {name}" for name, n in row["formats"].items())
     if row["note"]:
         return [row["name"], *size, "–", "–", "–", "–", "no picture", counts]
@@ -257,7 +259,7 @@ def ordered(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def table(report: Mapping[str, Any]) -> str:
     """The points in aligned plain text."""
-    plain = ["unquantized", megabytes(report["unquantized_bytes"]), "1.00x", "1.00", "–", "–", "–", "", ""]
+    plain = ["unquantized", f"{report['unquantized_bytes'] / 1e6:.2f}", "1.00x", "1.00", "–", "–", "–", "", ""]
     rows = [list(COLUMNS), plain, *(cells(row, report) for row in ordered(report))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     left = (0, len(COLUMNS) - 2, len(COLUMNS) - 1)

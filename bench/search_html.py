@@ -20,7 +20,8 @@ REQUESTS_SHOWN = 8
 STYLE = """
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
 .plots figure{padding:.6rem .6rem .2rem}.plots svg{display:block;width:100%;height:auto}
-.plots text{fill:var(--soft);font:11.5px system-ui,-apple-system,"Segoe UI",sans-serif}
+.plots text{fill:var(--soft);font:11.5px system-ui,-apple-system,"Segoe UI",sans-serif;paint-order:stroke;
+stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
 .plots .axis{stroke:var(--line);stroke-width:1}.plots .budget{stroke:var(--bad);stroke-dasharray:5 4}
 .plots text.budget-text{fill:var(--bad)}.plots .frontline{fill:none;stroke:var(--soft);stroke-width:1.5;opacity:.7}
 .plots .mix{fill:var(--soft);opacity:.75}.plots .ring{fill:none;stroke:var(--ink);stroke-width:2}
@@ -126,10 +127,8 @@ def legend(report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
 
 def points_table(report: Mapping[str, Any]) -> str:
     """Every point, the largest first."""
-    last = len(COLUMNS) - 1
-    head = "".join(
-        f"<th scope=col{' class=words' if i == last else ''}>{escape(c)}</th>" for i, c in enumerate(COLUMNS)
-    )
+    kinds = [" class=words" if i == len(COLUMNS) - 1 else "" for i in range(len(COLUMNS))]
+    head = "".join(f"<th scope=col{kind}>{escape(c)}</th>" for c, kind in zip(COLUMNS, kinds, strict=True))
     rows = []
     for row in ordered(report):
         texts = zip(cells(row, report), kinds, strict=True)

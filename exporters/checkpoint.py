@@ -23,8 +23,9 @@ from intaglio.exporters.weights import PICKLES, read_header, read_metadata, weig
 from intaglio.exporters.weights import WEIGHT_FILES as WEIGHT_FILES
 from intaglio.exporters.weights import Parameter as Parameter
 from intaglio.exporters.weights import Weights as Weights
-from intaglio.profiles.artifact import sha256
+from intaglio.profiles.artifact import SUMS, sha256
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
+from intaglio.profiles.manifest import MANIFEST
 from intaglio.profiles.registry import suggestion
 
 if TYPE_CHECKING:
@@ -192,6 +193,11 @@ def _open_folder(source: str) -> Checkpoint:
                 f"a .safetensors file of Stable Diffusion, ORG/NAME in Hugging Face's cache.{near}"
             )
         folder, name = cached_folder(source), source.partition("@")[0]
+    if all((folder / file).is_file() for file in (MANIFEST, SUMS)):
+        raise CheckpointError(
+            f"{folder} is an artifact, not a checkpoint; build from the checkpoint it was made of, which "
+            f"'intaglio inspect {folder}' names: intaglio build CHECKPOINT -o {folder}"
+        )
     if not (folder / "model_index.json").exists():
         raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
     index = read_json(folder / "model_index.json")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import MissingDependency, UsageError
 from intaglio.profiles.family import parse_assignments
 from intaglio.profiles.registry import installed
+from intaglio.profiles.strict import to_dict
 
 EXPORT_MODULES = (
     "torch",
@@ -127,6 +129,11 @@ def run_build(args: argparse.Namespace) -> int:
         "seconds": log["seconds"],
         "peak_bytes": log["peak_bytes"],
         "parity_relative_l2": log["parity_relative_l2"],
+        "quantization": {
+            name: {"format": r.format, **to_dict(r.quantization)}
+            for name, r in artifact.manifest.components.items()
+            if r.quantization
+        },
         "engines": sorted(artifact.manifest.engines),
     }
     print(json.dumps(summary, indent=1) if args.json else summary_text(summary))
@@ -142,8 +149,24 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines.append(
             f"  {component:<13} " + "  ".join(f"{b} {e:.1e}" for b, e in errors.items()) + "  (relative L2 to torch)"
         )
+    for component, facts in summary["quantization"].items():
+        lines.append(f"  {component:<13} {quantized_text(facts)}")
     lines += [f"  {name}" for name in summary["engines"]]
     return "\n".join([*lines, f"manifest {summary['digest'][:16]}"])
+
+
+def quantized_text(facts: Mapping[str, Any]) -> str:
+    """``w8a8 (static), 99.8% of MatMul weights, 99.1% of multiplications, …`` of a component's record."""
+    covered, low_rank = facts["coverage"], facts["low_rank"]
+    parts = [f"{facts['format']} ({facts['activations']})", f"{covered['weights']:.1%} of MatMul weights"]
+    if covered["macs"] is not None:
+        parts.append(f"{covered['macs']:.1%} of multiplications")
+    if low_rank:
+        parts.append(
+            f"rank {facts['recipe']['rank']}: weight error {low_rank['without']:.4f} to {low_rank['with']:.4f}"
+        )
+    high = sum(text.startswith("none") for text in covered["exceptions"].values())
+    return ", ".join([*parts, *([f"{high} layers stay high"] if high else [])])
 
 
 def configure_inspect(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ for GPUs. Both read what is stored in ``model.onnx.data`` from there and the res
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from intaglio.exporters.cast import DTYPES, cast_to_contract
 from intaglio.exporters.lowering import Job, Lowered
 from intaglio.exporters.onnxruntime_passes import lower_graph
 from intaglio.exporters.store import GRAPH, INLINE_BYTES, graph_summary
+from intaglio.exporters.tensorrt_passes import decode_nf4
 from intaglio.runtimes.engine_onnxruntime import LOWERED, variant_name
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class LowerOnnx:
 
     options: tuple[str, ...] = ()
 
-    def check(self, options: Mapping[str, str]) -> None:
+    def check(self, options: Mapping[str, str], formats: Collection[str] = ()) -> None:
         """No options, no packages beyond the exporter's."""
 
     def lower(self, job: Job) -> Lowered:
@@ -63,6 +64,7 @@ def write_variant(job: Job) -> dict[str, Any]:
     import onnx_ir as ir
 
     model = ir.load(job.folder / GRAPH)
+    decode_nf4(model)  # the CUDA provider has no operator for it
     report = cast_to_contract(model, job.dtype, job.contract)
     save_beside(model, job.folder, variant_name(job.dtype))
     return report.to_json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from intaglio.exporters.lowering import Job, Lowered
@@ -24,7 +24,7 @@ class LowerOpenVino:
 
     options: tuple[str, ...] = ()
 
-    def check(self, options: Mapping[str, str]) -> None:
+    def check(self, options: Mapping[str, str], formats: Collection[str] = ()) -> None:
         """OpenVINO must be installed.
 
         Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from intaglio.exporters.cast import DTYPES, cast_to_contract
 from intaglio.exporters.lowering import Job, Lowered
 from intaglio.exporters.store import DATA, GRAPH
 from intaglio.exporters.tensorrt_checks import Prepared, check_size, codes_found, compare, network_facts, probes, sizes
-from intaglio.exporters.tensorrt_passes import check_graph, decode_nf4
+from intaglio.exporters.tensorrt_passes import check_formats, check_graph, decode_nf4
 from intaglio.profiles.errors import ToolError, UsageError
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
@@ -43,14 +43,17 @@ class LowerTensorRt:
 
     options: tuple[str, ...] = ("sm", "profiles")
 
-    def check(self, options: Mapping[str, str]) -> None:
+    def check(self, options: Mapping[str, str], formats: Collection[str] = ()) -> None:
         """Refuse wrong options or a missing package before anything is built.
 
         Raises:
             UsageError: an unknown compute capability or choice of profiles.
+            Unsupported: a compute capability has no such weight format.
             MissingDependency: neither API is installed, or not the one a compute capability needs.
         """
-        for sm in wanted_sms(options):
+        sms = wanted_sms(options)
+        check_formats(formats, sms)
+        for sm in sms:
             load_api(api_for(sm))
         pick(PROFILES, options.get("profiles", "batches"), "tensorrt.profiles")
 

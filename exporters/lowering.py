@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,8 +67,8 @@ class Lowering(Protocol):
 
     options: tuple[str, ...]
 
-    def check(self, options: Mapping[str, str]) -> None:
-        """Refuse wrong options or a missing package before anything is built."""
+    def check(self, options: Mapping[str, str], formats: Collection[str] = ()) -> None:
+        """Refuse wrong options, weight formats the target's hardware lacks, or a missing package before building."""
 
     def lower(self, job: Job) -> Lowered:
         """Write the target's files beside ``model.onnx``."""

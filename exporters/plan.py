@@ -159,7 +159,7 @@ def check_options(plan: Plan) -> None:
         if key not in allowed and not key.startswith(("checkpoint.", "quantize.")):
             raise UsageError(f"--set {key} is unknown here; allowed: {', '.join(allowed)}")
     for target in plan.targets:
-        lowering(target).check(plan.target_options(target))
+        lowering(target).check(plan.target_options(target), formats_of(plan.recipe))
 
 
 def audited(plan: Plan) -> dict[str, Contract]:

@@ -10,13 +10,14 @@ from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import Contract
 from intaglio.profiles.recipe import ComponentRecipe, Recipe, load_recipe
 from intaglio.profiles.registry import pick, suggestion
+from intaglio.profiles.sizes import parse_bytes
 from intaglio.quantize.feeds import RECORDS, SEED, CalibrationSet, read_prompts
 from intaglio.quantize.formats import FORMATS
 from intaglio.quantize.layers import Rules, nominal_format
 
 PREFIX = "quantize"
 KINDS = {"activations": str, "method": str, "range": str, "smoothquant": float, "rank": int}
-CALIBRATION = ("prompts", "count", "steps", "records", "seed", "feeds")
+CALIBRATION = ("prompts", "count", "steps", "records", "seed", "memory", "feeds")
 
 
 def component_recipes(
@@ -124,11 +125,13 @@ def calibration_set(options: Mapping[str, str]) -> CalibrationSet:
             raise UsageError(f"--set calibration.{key}={text} is not allowed: a whole number, 1 or more")
         return None if text is None else int(text)
 
+    memory = options.get("calibration.memory")
     return CalibrationSet(
         prompts=read_prompts(options.get("calibration.prompts"), number("count")),
         steps=number("steps"),
         records=number("records") or RECORDS,
         seed=SEED if (seed := number("seed")) is None else seed,
+        memory=None if memory is None else parse_bytes(memory, "--set calibration.memory"),
     )
 
 

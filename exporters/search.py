@@ -20,6 +20,10 @@ from intaglio.profiles.errors import UsageError
 OBJECTIVES = ("size", "speed")
 ATTEMPTS = 8  # verifications after the bisection
 MOST_SLACK = 4.0  # times the predicted error that a step down may aim at; the prediction is no better than that
+NEAR, SHRINK = (
+    1.05,
+    0.9,
+)  # the error aimed at after a plan failed: half the way (in decibels) to the last that held, then less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +168,7 @@ def search(
     plans = chain(groups)
     while len(plans) > 1 and not usable(plans[-1]):
         plans.pop()
-    if met(tried(plans[-1]), budget):
+    if met(tried(plans[0]), budget) or met(tried(plans[-1]), budget):
         border = bisect(len(plans) - 1, lambda k: met(tried(plans[k]), budget))
         improve(groups, tried(plans[border]), tried, budget, attempts)
     holding = [p for p in points if met(p, budget) and usable(p.plan)]
@@ -190,47 +194,66 @@ def improve(
     budget: Mapping[str, float],
     attempts: int,
 ) -> Point:
-    """Spend what is left of the budget on steps down, most cost saved per error first; returns the last that held.
+    """Spend what is left of the budget: the cheapest plan by the prediction, then pictures; the last that held.
 
-    A batch of steps that fails is halved; one step that fails is not tried again.
+    The error aimed at follows from what the last plan left of the budget; where a plan fails it is lowered.
     """
-    held, size, barred = start, len(groups), set[tuple[int, int]]()
+    held, factor = start, min(slack(start, budget), MOST_SLACK)
     for _ in range(attempts):
-        limit = error_of(groups, held.plan) * min(slack(held, budget), MOST_SLACK)
-        batch = steps_down(groups, held.plan, limit, barred)
-        batch = batch[: max(size, 1)]
-        if not batch:
+        plan = cheapest(groups, error_of(groups, held.plan) * factor)
+        if plan is None or cost_of(groups, plan) >= cost_of(groups, held.plan):
             break
-        changed = dict(batch)
-        point = tried(tuple(changed.get(number, level) for number, level in enumerate(held.plan)))
+        point = tried(plan)
         if met(point, budget):
-            held, size = point, len(groups)
-        elif len(batch) == 1:
-            barred.add(batch[0])
+            held, factor = point, min(slack(point, budget), MOST_SLACK)
         else:
-            size = len(batch) // 2
+            factor = factor**0.5 if factor > NEAR else factor * SHRINK
     return held
 
 
-def steps_down(
-    groups: Sequence[Group], plan: Plan, limit: float, barred: set[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """(group, cheaper level), best ratio first, at most one a group, while the predicted error stays below `limit`.
+def cheapest(groups: Sequence[Group], limit: float) -> Plan | None:
+    """A cheap plan whose predicted error is at most `limit`; ``None`` where there is none.
 
-    Where not one fits, the best alone: predictions err, pictures decide.
+    Every plan of the chain up to the first that fits is completed by the one step that makes it fit at least cost, then
+    taken down where that still fits; the cheapest result. The chain alone may stop far below the limit.
     """
+    found: list[Plan] = []
+    for plan in chain(groups):
+        fits = error_of(groups, plan) <= limit
+        whole = plan if fits else step_up(groups, plan, limit)
+        if whole is not None:
+            found.append(steps_down(groups, whole, limit))
+        if fits:
+            break
+    return min(found, key=lambda plan: cost_of(groups, plan), default=None)
+
+
+def step_up(groups: Sequence[Group], plan: Plan, limit: float) -> Plan | None:
+    """The plan with the one group raised that makes it fit at least cost, if one does."""
+    total = error_of(groups, plan)
+    options = [
+        (other.cost - group.levels[now].cost, number, level)
+        for number, (group, now) in enumerate(zip(groups, plan, strict=True))
+        for level, other in enumerate(group.levels)
+        if total - group.levels[now].error + other.error <= limit
+    ]
+    if not options:
+        return None
+    _, number, level = min(options)
+    return (*plan[:number], level, *plan[number + 1 :])
+
+
+def steps_down(groups: Sequence[Group], plan: Plan, limit: float) -> Plan:
+    """The plan with groups lowered, most cost saved per error first, while the predicted error stays below `limit`."""
     options = []
     for number, (group, now) in enumerate(zip(groups, plan, strict=True)):
         for level, other in enumerate(group.levels):
             saved, added = group.levels[now].cost - other.cost, other.error - group.levels[now].error
-            if saved > 0 and (number, level) not in barred:
+            if saved > 0:
                 options.append((max(added, 0.0) / saved, number, level, added))
-    total, chosen = error_of(groups, plan), dict[int, int]()
+    total, lowered = error_of(groups, plan), dict[int, int]()
     for _, number, level, added in sorted(options):
-        if number not in chosen and total + added <= limit:
-            chosen[number] = level
+        if number not in lowered and total + added <= limit:
+            lowered[number] = level
             total += added
-    if not chosen and options:
-        _, number, level, _ = min(options)
-        chosen[number] = level
-    return list(chosen.items())
+    return tuple(lowered.get(number, level) for number, level in enumerate(plan))

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from intaglio.profiles.artifact import Artifact, sha256
 from intaglio.profiles.errors import ArtifactError, UsageError
-from intaglio.runtimes.engine import Engine, EngineOptions, load_engine
-from intaglio.runtimes.pipeline import Pipeline
+from intaglio.quantize.segments import SegmentedEngine
+from intaglio.runtimes.engine import Engine, EngineOptions
+from intaglio.runtimes.pipeline import LoadedEngines, Pipeline
 from intaglio.runtimes.probe import Place, last_feeds, memory_of, replaced, sample
 
 INDEX, SCHEMA = "index.json", 1
@@ -36,12 +38,14 @@ class CalibrationSet:
         prompts: at least one.
         steps: of the sampler; ``None`` for the artifact's own.
         records: denoiser calls kept of each prompt at most, spread evenly from the first step to the last.
+        memory: bytes that the weights of a component may take; ``None``: half of what is available.
     """
 
     prompts: tuple[str, ...]
     steps: int | None = None
     records: int = RECORDS
     seed: int = SEED
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse an empty set.
@@ -124,35 +128,61 @@ class Recorder:
 
 
 class RecordingEngine:
-    """An engine that keeps what it is fed, at the steps that are wanted."""
+    """One of `HeldEngines` that keeps what it is fed, at the steps that are wanted; without a recorder nothing."""
 
-    def __init__(self, engine: Engine, component: str, place: Place, recorder: Recorder, records: int) -> None:
-        self.engine, self.component, self.place, self.recorder, self.records = (
-            engine,
-            component,
-            place,
-            recorder,
-            records,
-        )
+    def __init__(
+        self, held: HeldEngines, component: str, place: Place, recorder: Recorder | None, records: int
+    ) -> None:
+        self.held, self.component, self.place = held, component, place
+        self.recorder, self.records = recorder, records
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `Engine.run`."""
-        if self.place.step in spread(self.place.total, self.records):
+        if self.recorder is not None and self.place.step in spread(self.place.total, self.records):
             self.recorder.add(self.component, self.place, feeds)
-        return self.engine.run(feeds)
+        return self.held[self.component].run(feeds)
 
     def memory(self) -> dict[str, int | None]:
         """Not said."""
         return memory_of(self)
 
     def close(self) -> None:
-        """Close the engine."""
-        self.engine.close()
+        """Leave that to who opened the engine."""
 
 
 def spread(total: int, records: int) -> set[int]:
     """Steps to keep of 0 to `total`: text (0), `records` denoiser calls from first to last, decoding (`total`)."""
     return {0, *(int(v) for v in np.linspace(0, max(total - 1, 0), min(records, max(total, 1))).round()), total}
+
+
+class HeldEngines:
+    """An artifact's engines: all at once where their weights fit into `limit`, else one at a time, or segments of one.
+
+    Args:
+        folders: components that run in segments, and where to read them; others do that too where they do not fit.
+    """
+
+    def __init__(
+        self, artifact: Artifact, names: Sequence[str], limit: int | None, folders: Mapping[str, Path]
+    ) -> None:
+        sizes = {name: weight_bytes(artifact, name) for name in names}
+        keep = limit is None or (sum(sizes.values()) <= limit and not folders)
+        self.engines = LoadedEngines(artifact, "onnxruntime", EngineOptions(), keep=keep)
+        self.segmented: dict[str, Engine] = {}
+        if limit is not None:
+            large = {name: artifact.component(name) for name, size in sizes.items() if size > limit} | dict(folders)
+            for name, folder in large.items():
+                self.segmented[name] = SegmentedEngine(artifact, name, EngineOptions(), limit, folder=folder)
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of a component; others are unloaded where memory is short."""
+        self.engines.release(*(other for other in list(self.engines.loaded) if other != name))
+        return self.segmented[name] if name in self.segmented else self.engines[name]
+
+
+def weight_bytes(artifact: Artifact, component: str) -> int:
+    """Bytes of a component's weights as ONNX Runtime holds them: in float32."""
+    return artifact.manifest.components[component].parameters * 4
 
 
 def record_feeds(
@@ -161,31 +191,40 @@ def record_feeds(
     settings: CalibrationSet,
     path: Path,
     *,
-    options: EngineOptions | None = None,
+    limit: int | None = None,
+    folders: Mapping[str, Path] = MappingProxyType({}),
     note: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Sample the prompts on ONNX Runtime and keep what `components` are fed; returns the file's sha256.
+
+    Args:
+        artifact: to sample.
+        components: to record.
+        settings: prompts, steps, seeds.
+        path: of the file to write.
+        limit: bytes that weights may take; ``None``: any.
+        folders: components that run in segments of at most `limit` bytes, and where to read them.
+        note: told what is run.
 
     Raises:
         NumericsError: the artifact itself returns NaN.
     """
     place, recorder = Place(), Recorder(path)
-    pipeline = Pipeline(artifact, "onnxruntime", options or EngineOptions(), residency="low")
+    pipeline = Pipeline(artifact, "onnxruntime", EngineOptions(), residency="low")
     whole = any(not name.startswith("text_encoder") for name in components)
+    names = tuple(dict.fromkeys((*components, *pipeline.sampler.components)))
+    held = HeldEngines(artifact, names, limit, folders)
     engines = {
-        name: RecordingEngine(
-            load_engine("onnxruntime", artifact, name, options), name, place, recorder, settings.records
-        )
-        for name in components
+        name: RecordingEngine(held, name, place, recorder if name in components else None, settings.records)
+        for name in names
     }
     for number, prompt in enumerate(settings.prompts):
         note(f"prompt {number + 1} of {len(settings.prompts)}")
         with replaced(pipeline, engines):
             result = sample(pipeline, prompt, place, whole=whole, steps=settings.steps, seed=settings.seed + number)
         if result is not None:
-            last_feeds(engines, result)
-    for engine in engines.values():
-        engine.close()
+            last_feeds({name: engines[name] for name in components}, result)
+    held.engines.close()
     recorder.close()
     return sha256(path)
 

@@ -214,12 +214,16 @@ SUPPORT_ROWS: dict[tuple[str, str, str], Support] = {
         how="native", faster=True, reason="Convolution i8 x i8; several times fp32 where the CPU has VNNI or AMX"
     ),
     ("int8", "Gather", "openvino"): Support(how="native", faster=False, reason="Gather reads the codes"),
-    (f"int8 w8a8 {INT4} fp8 fp8-weight-only", "MatMul", "tensorrt"): Support(
-        how="native", faster=None, reason="the plan keeps the weights packed"
+    ("int8 fp8-weight-only", "MatMul", "tensorrt"): Support(
+        how="native", faster=None, reason="codes stay packed in the plan; fp8: sm89 and newer"
     ),
+    ("w8a8 fp8", "MatMul", "tensorrt"): Support(
+        how="native", faster=None, reason="codes stay packed, activations in 8 bits; fp8: sm89 and newer"
+    ),
+    (INT4, "MatMul", "tensorrt"): Support(how="native", faster=None, reason="codes stay packed; sm80 and newer"),
     (NF4, "MatMul", "tensorrt"): Support(how="stored-only", faster=False, reason="decoded to the compute dtype"),
-    ("int8 w8a8", "Conv", "tensorrt"): Support(how="native", faster=None, reason="the plan keeps the weights packed"),
-    ("int8", "Gather", "tensorrt"): Support(how="native", faster=None, reason="the plan keeps the weights packed"),
+    ("int8 w8a8", "Conv", "tensorrt"): Support(how="native", faster=None, reason="codes stay packed in the plan"),
+    ("int8", "Gather", "tensorrt"): Support(how="native", faster=None, reason="codes stay packed in the plan"),
 }
 SUPPORT = _support()
 

@@ -150,7 +150,11 @@ def assign(layers: Sequence[Layer], recipe: ComponentRecipe, rules: Rules) -> di
                 f"the layer pattern {pattern!r} matches none of {len(names)} weights; they are named like "
                 f"{names[len(names) // 2] if names else 'nothing'}.{suggestion(pattern, names)}"
             )
-    return {layer.parameter: _choose(layer, nominal, recipe, rules) for layer in layers}
+    choices: dict[str, Choice] = {}
+    for layer in layers:
+        if layer.op == "Gather" or layer.parameter not in choices:  # of a weight that is a table too, the table decides
+            choices[layer.parameter] = _choose(layer, nominal, recipe, rules)
+    return choices
 
 
 def _choose(layer: Layer, nominal: str, recipe: ComponentRecipe, rules: Rules) -> Choice:

@@ -54,7 +54,11 @@ def find_watched(model: ir.Model) -> list[Watched]:
         shape = tuple(int(d) for d in source.const_value.shape)
         turned = node.inputs[0].producer() if node.inputs[0] is not None else None
         # Quantization puts such a Transpose in front of a 1x1 convolution; behind it one tensor has several names.
-        split = turned is not None and turned.op_type == "Transpose" and turned.attributes.get_ints("perm") == NHWC
+        split = (
+            turned is not None
+            and turned.op_type == "Transpose"
+            and list(turned.attributes.get_ints("perm", ())) == NHWC
+        )
         reader = turned if split and turned is not None else node
         if len(shape) > 1 and reader.inputs[0] is not None:
             first = split or node.op_type == "Conv"

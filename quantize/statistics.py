@@ -18,6 +18,7 @@ import onnx_ir as ir
 from intaglio.profiles.errors import NumericsError
 from intaglio.quantize.probes import FRACTIONS, Probes, find_watched, fractions
 from intaglio.quantize.segments import cut, late_casts, open_session, run_once, serialized
+from intaglio.runtimes.engine_onnxruntime import return_freed_memory
 
 GRAPH = "model.onnx"
 MOST_ROWS = 2048  # kept of each tensor
@@ -114,6 +115,7 @@ def collect(
             del session
             crossing.spill(found)
             crossing.drop(needed)
+            return_freed_memory()
     sizes |= {la.parameter: found[str(la.value.name)].rows for la in layers if la.reader.op_type != "Conv"}
     return Statistics(
         inputs=found,

@@ -142,7 +142,7 @@ def misses(backend: str, record: BackendRecord) -> list[Miss]:
         for component, places in comparison.components.items():
             limit = limits.components[component]
             place, error = max(places.items(), key=lambda row: row[1])
-            excess = error / limit if limit else float(error > 0) * np.inf
+            excess = error / limit if limit else (np.inf if error else 0.0)
             worst = max(worst, (component, excess), key=lambda row: row[1])
             if not excess <= 1:
                 text = f"{component} on {backend} differs from {against} by {error:.1e} ({place}), allowed {limit:.1e}"

@@ -202,3 +202,27 @@ def intaglio(capsys):
 def emoji_artifact(tmp_path_factory):
     """The embedded checkpoint in float32 for ONNX Runtime and OpenVINO; about a minute, once a session."""
     return built("emoji", tmp_path_factory.mktemp("artifact") / "emoji", {})
+
+
+def tree(folder):
+    """Every path below a folder with size and time: equal before and after means nothing was touched."""
+    return {p.relative_to(folder).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(intaglio, tmp_path):
+    """A function: run a command that must be refused; returns the message after checking its form."""
+
+    def call(*arguments, words=()):
+        before = tree(tmp_path)
+        code, out, err = intaglio(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("intaglio: ")
+        assert err.count("\n") == 1, err
+        assert tree(tmp_path) == before, "something was left behind"
+        for word in words:
+            assert word in err, f"{word!r} is not in {err!r}"
+        return err
+
+    return call
