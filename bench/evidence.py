@@ -69,7 +69,12 @@ CHECKS = {
         run="intaglio.bench.evidence_mmdit:measure",
         sources=(
             *("quantize/*.py", "exporters/lower_o*.py", "exporters/onnxruntime_passes.py"),
-            *("exporters/openvino_passes.py", "runtimes/engine_o*.py", "profiles/family.sd3.toml", "bench/evidence_mmdit.py"),
+            *(
+                "exporters/openvino_passes.py",
+                "runtimes/engine_o*.py",
+                "profiles/family.sd3.toml",
+                "bench/evidence_mmdit.py",
+            ),
         ),
         about="formats on a random MMDiT of 330 M parameters: speed of torch and of fp32, memory, error",
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.runtimes import host_memory
+from intaglio.runtimes.host_memory import available_bytes as available_bytes
 
 ROLLUP = Path("/proc/self/smaps_rollup")
 KIB = 1024
@@ -59,14 +60,6 @@ def host_memory_now() -> dict[str, Any]:
     peak = None if peak is None else max(peak, resident)  # the kernel's counters are batched per thread
     values = (peak, resident, anonymous, resident - anonymous)
     return {**dict(zip(names, values, strict=True)), "reason": ""}
-
-
-def available_bytes() -> int | None:
-    """Memory the machine could still give, ``MemAvailable``; None where it is not Linux."""
-    try:
-        return read_kib(Path("/proc/meminfo"), "MemAvailable")
-    except (OSError, KeyError):
-        return None
 
 
 def gpus() -> tuple[list[dict[str, Any]], str]:

@@ -18,6 +18,10 @@ EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, i
 RUNNABLE = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
+# Rounding of activations is discontinuous: a last bit sends a value on a tie the other way, which in the next layer sends
+# others the other way. Two engines end as far apart as the format is from float32: on random feeds the embedded UNet in
+# w8a8 is 4.4e-2 from torch on the same codes. Single layers agree to 1.5e-4 (tests/test_lower_openvino.py).
+ROUNDED = {"exact": 0.0, "dynamic-per-token": 0.1, "static": 0.2}
 LONGEST = 320  # tokens compared at most: enough to leave the traced length and every padding behind
 Rng = np.random.Generator
 # Feeds that must not be arbitrary normal numbers, by input name: (shape, generator) to values.
@@ -85,10 +89,14 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
 def check_component(artifact: Artifact, component: str, tolerance: float) -> dict[str, float]:
     """Largest relative L2 error of each runnable target against torch on the same (decoded) weights.
 
+    Where activations are rounded, `tolerance` is no smaller than ROUNDED: engines then differ as ties fall.
+
     Raises:
         ParityError: one exceeds `tolerance`; with the figures.
     """
     record = artifact.manifest.components[component]
+    if record.quantization is not None:
+        tolerance = max(tolerance, ROUNDED[record.quantization.activations])
     feeds = [random_feeds(record.inputs, sizes) for sizes in untraced_sizes(artifact.manifest.shapes)]
     reference = load_engine("torch", artifact, component)
     wanted = [reference.run(f) for f in feeds]

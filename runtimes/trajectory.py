@@ -7,7 +7,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from intaglio.profiles.certificate import IDENTICAL, Comparison, Prompt
 from intaglio.profiles.errors import NumericsError
 from intaglio.runtimes.engine import Engine, EngineOptions
 from intaglio.runtimes.fidelity import WINDOW, psnr, relative_l2, ssim
+from intaglio.runtimes.host_memory import available_bytes
 from intaglio.runtimes.noise import Noise, batch_randn
 from intaglio.runtimes.pipeline import Pipeline
 from intaglio.runtimes.probe import as_samples, memory_of, waves
@@ -23,7 +23,6 @@ from intaglio.runtimes.sampling import Request, Result
 
 DEVICES = {"tensorrt": "cuda:0"}  # the CPU elsewhere
 FLOAT_BYTES, ROOM = 4, 1.25  # every weight as float32, and a quarter more for activations
-MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +89,6 @@ class Watched:
 
     def close(self) -> None:
         """Leave that to the pipeline."""
-
-
-def available_bytes() -> int | None:
-    """Memory that can still be had, by the kernel and the control group; ``None`` where neither says."""
-    found = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = (line.split() for line in MEMORY.read_text().splitlines())
-        found += [int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"]
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
-    return min(found, default=None)
 
 
 def weight_bytes(artifact: Artifact) -> dict[str, int]:
