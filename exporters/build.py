@@ -276,7 +276,12 @@ def draft_manifest(
             "digest": digest_of(sources),
             "sources": sources,
             **additions.provenance(plan.checkpoint),
-            "options": dict(plan.options),
+            # What is measured of an artifact, and where a file lies, is not what the artifact is.
+            "options": {
+                key: value
+                for key, value in plan.options.items()
+                if not key.startswith("certificate.") and key != "calibration.feeds"
+            },
             "intaglio": __version__,
             "tools": {name: importlib.metadata.version(name) for name in TOOLS},
         },

@@ -18,8 +18,8 @@ EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, i
 RUNNABLE = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
-# Rounding of activations is discontinuous: a last bit sends a value on a tie the other way, which in the next layer sends
-# others the other way. Two engines end as far apart as the format is from float32: on random feeds the embedded UNet in
+# Rounding of activations is discontinuous: a last bit sends a value on a tie the other way, which in the next does
+# so to others. Two engines end as far apart as the format is from float32: on random feeds the embedded UNet in
 # w8a8 is 4.4e-2 from torch on the same codes. Single layers agree to 1.5e-4 (tests/test_lower_openvino.py).
 ROUNDED = {"exact": 0.0, "dynamic-per-token": 0.1, "static": 0.2}
 LONGEST = 320  # tokens compared at most: enough to leave the traced length and every padding behind

@@ -32,7 +32,8 @@ class Format:
         activations: ONNX dtype of the static activations; empty: they stay float.
         weight_only: the same weights without static activations.
         others: operator to the format its weights take instead.
-        smaller: the format of a MatMul weight whose input channels are no multiple of the block.
+        smaller: the format of a MatMul weight whose input channels are no multiple of the block; empty where blocks may
+            run over rows, as nf4's do.
     """
 
     bits: float
@@ -97,7 +98,6 @@ FORMATS: dict[str, Format] = {
         storage="UINT8",
         codec="intaglio.quantize.nf4:CODEC",
         others=INT8_ELSEWHERE,
-        smaller="int8",
     ),
     "nf4-double": Format(
         bits=4.13,
@@ -106,7 +106,6 @@ FORMATS: dict[str, Format] = {
         storage="UINT8",
         codec="intaglio.quantize.nf4:DOUBLE",
         others=INT8_ELSEWHERE,
-        smaller="int8",
     ),
     "fp8": Format(
         bits=8,

@@ -83,9 +83,22 @@ def tiny_artifact(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact_int8(tiny_checkpoint, tmp_path_factory):
-    """The same with int8 weights."""
-    return built(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "int8", {"*": "int8"})
+def tiny_artifact_int8(tiny_artifact, tmp_path_factory):
+    """The same with int8 weights: derived, which gives the codes of a build (tests/test_quantize.py)."""
+    import json
+
+    from intaglio.exporters.derive import derive
+    from intaglio.profiles.artifact import BUILD_LOG, MANIFEST, SUMS, Artifact, seal
+    from intaglio.profiles.recipe import ComponentRecipe
+
+    recipe = ComponentRecipe(format="int8", activations="exact")
+    recipes = dict.fromkeys(tiny_artifact.manifest.components, recipe)
+    folder = tmp_path_factory.mktemp("artifact") / "int8"
+    made = derive(tiny_artifact, folder, recipes, {}, targets=("onnx", "openvino"))
+    log = json.loads((folder / BUILD_LOG).read_text())
+    for name in (MANIFEST, BUILD_LOG, SUMS):
+        (folder / name).unlink()
+    return Artifact(folder=folder, manifest=seal(folder, made.manifest, log))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
+from intaglio.exporters import certificate_run
 from intaglio.exporters.certificate import CERTIFICATE_OPTIONS, certificate_settings
 from intaglio.exporters.certificate_run import make_certificate
 from intaglio.exporters.derive import derive
 from intaglio.exporters.dtypes import NAMES
-from intaglio.exporters.store import GRAPH
 from intaglio.profiles.artifact import BUILD_LOG, SUMS, Artifact, format_sums, read_sums, seal, sha256
 from intaglio.profiles.certificate import (
     ARRAYS,
@@ -48,10 +48,18 @@ def asked(artifact, draft=None, **options):
     return make_certificate(artifact, draft, **{"prompts": PROMPTS, "steps": STEPS, **options})
 
 
-def quantized(source, folder, *names):
-    """A draft that may be added to, and an artifact with these components in int8."""
+def quantized(source, folder, *names, targets=("onnx",)):
+    """An artifact with these components in int8, for these targets alone, and a draft that may be added to."""
     draft = Artifact(folder=shutil.copytree(source.folder, folder / "draft"), manifest=source.manifest)
-    return derive(source, folder / "int8", dict.fromkeys(names, INT8), {}, targets=("openvino",)), draft
+    made = derive(source, folder / "int8", dict.fromkeys(names, INT8), {}, targets=targets)
+    components = {n: dataclasses.replace(c, targets=targets) for n, c in made.manifest.components.items()}
+    return Artifact(folder=made.folder, manifest=dataclasses.replace(made.manifest, components=components)), draft
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """The unquantized graphs are the only reference: enough to see a fault, and three seconds less."""
+    monkeypatch.setattr(certificate_run.Work, "run_torch", lambda self: None)
 
 
 def sealed(artifact, certificate):
@@ -63,7 +71,9 @@ def sealed(artifact, certificate):
 @pytest.fixture(scope="module")
 def certified(tiny_artifact, tmp_path_factory):
     """A tiny artifact with an int8 UNet and its certificate, sealed."""
-    artifact, draft = quantized(tiny_artifact, tmp_path_factory.mktemp("certified"), "unet")
+    artifact, draft = quantized(
+        tiny_artifact, tmp_path_factory.mktemp("certified"), "unet", targets=("onnx", "openvino")
+    )
     return sealed(artifact, asked(artifact, draft))
 
 
@@ -127,7 +137,7 @@ def test_an_int8_component_is_seen_and_the_others_are_the_same(certified):
         assert record.allowed.components["vae_decoder"] == load_rules().formats["none"].error
 
 
-def test_component_errors_do_not_accumulate(tiny_artifact, tmp_path):
+def test_component_errors_do_not_accumulate(tiny_artifact, tmp_path, without_torch):
     """With int8 text the UNet is still measured on the reference's conditioning, though its pictures drift."""
     artifact, draft = quantized(tiny_artifact, tmp_path, "text_encoder")
     for record in asked(artifact, draft).backends.values():
@@ -165,24 +175,24 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_export_misses_its_limits(fault, tiny_artifact, tmp_path):
+def test_a_broken_export_misses_its_limits(fault, tiny_artifact, tmp_path, without_torch):
     component, damage = FAULTS[fault]
     artifact, draft = quantized(tiny_artifact, tmp_path, "unet")
     for file in artifact.component(component).glob("model.*onnx"):
         damage(file)
     waived = asked(artifact, draft, prompts=1, steps=2, accept=True).waived
     assert re.fullmatch(rf"{component} on onnxruntime differs from .* by \d\.\de[-+]\d\d \(.*\), allowed .*", waived[0])
-    assert not any("openvino" in text for text in waived)  # whose graph is sound
+    assert all(component in text for text in waived)
 
 
 TOO_STRICT = {
-    "error": (1e-9, r"unet on \w+ differs from .* by \d\.\de-\d\d \(step \d\), allowed 1\.0e-09 \(\d+ more\)"),
+    "error": (1e-9, r"unet on \w+ differs from .* by \d\.\de-\d\d \(step \d\), allowed 1\.0e-09( \(\d+ more\))?"),
     "psnr": (150.0, r"picture 0 on \w+: PSNR [\d.]+ dB against .*, 150 needed; nearest to its limit is unet.*"),
 }
 
 
 @pytest.mark.parametrize("key", TOO_STRICT)
-def test_a_miss_fails_with_component_figures_and_the_ways_out(key, tiny_artifact, tmp_path):
+def test_a_miss_fails_with_component_figures_and_the_ways_out(key, tiny_artifact, tmp_path, without_torch):
     limit, words = TOO_STRICT[key]
     artifact, draft = quantized(tiny_artifact, tmp_path, "unet")
     way = rf"; choose another --quant unet=FORMAT, or .* --set certificate.{key}=NUMBER, or .* --accept-fidelity"
@@ -191,9 +201,10 @@ def test_a_miss_fails_with_component_figures_and_the_ways_out(key, tiny_artifact
     assert not (artifact.folder / FOLDER).exists()
 
 
-def test_nan_cannot_be_accepted(tiny_artifact, tmp_path):
+def test_nan_cannot_be_accepted(tiny_artifact, tmp_path, without_torch):
     artifact, draft = quantized(tiny_artifact, tmp_path, "unet")
-    rewired(lambda _: ("Mul", {}, [np.float32(np.nan)]))(artifact.component("unet") / GRAPH)
+    for file in artifact.component("unet").glob("model.*onnx"):
+        rewired(lambda _: ("Mul", {}, [np.float32(np.nan)]))(file)
     with pytest.raises(NumericsError, match=r"unet returned .* NaN"):
         asked(artifact, draft, prompts=1, accept=True)
 
@@ -203,12 +214,11 @@ def test_references_that_do_not_fit_are_skipped_with_the_reason(tiny_artifact, t
     monkeypatch.setattr(trajectory, "available_bytes", lambda: 1000)
     found = asked(artifact, draft, prompts=1)
     assert found.reference is None
-    names = {"torch", *(f"unquantized {b}" for b in BACKENDS)}
-    assert all("GiB" in found.skipped[name] for name in names)
-    assert {found.skipped[b] for b in BACKENDS} == {"it ran, and there was nothing to compare it with"}
-    rows = repeat(sealed(artifact, found))
-    assert [(r.reference, r.failed) for r in rows] == [(None, False)] * len(BACKENDS)
-    assert all(r.own > 100 for r in rows)
+    assert all("GiB" in found.skipped[name] for name in ("torch", "unquantized onnxruntime"))
+    assert found.skipped["onnxruntime"] == "it ran, and there was nothing to compare it with"
+    (row,) = repeat(sealed(artifact, found))
+    assert (row.backend, row.reference, row.failed) == ("onnxruntime", None, False)
+    assert row.own > 60  # measured: identical
 
 
 def test_the_loosest_row_decides_pictures_and_each_component_its_own_error(certified):
@@ -356,6 +366,7 @@ def test_a_build_makes_its_certificate(tiny_checkpoint, tmp_path):
     assert list(found.backends["onnxruntime"].against) == ["torch", "unquantized"]
     assert "--set certificate.psnr=150" in found.backends["onnxruntime"].allowed.rows
     log = json.loads((artifact.folder / BUILD_LOG).read_text())
-    assert [f"certificate: waived by --accept-fidelity: {text}" for text in found.waived] == log["remarks"]
+    assert found.waived
+    assert {f"certificate: waived by --accept-fidelity: {text}" for text in found.waived} <= set(log["remarks"])
     assert "certificate" in [row["stage"] for row in log["stages"]]
     assert not (artifact.folder / "draft").exists()

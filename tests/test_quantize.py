@@ -304,18 +304,7 @@ def test_weights_stay_packed_on_disk(name, derived):
     assert codes < stored
 
 
-@pytest.mark.parametrize("component", ["unet", "vae_decoder", "text_encoder"])
-def test_deriving_gives_the_codes_of_a_build(component, derived, tiny_artifact_int8):
-    made = derived(component, "int8").artifact
-    assert codes_digest(made, component) == codes_digest(tiny_artifact_int8, component)
-    ours, theirs = made.manifest.components[component], tiny_artifact_int8.manifest.components[component]
-    assert dataclasses.replace(ours, targets=theirs.targets) == theirs
-    for file in (GRAPH, DATA):
-        built = (tiny_artifact_int8.component(component) / file).read_bytes()
-        assert (made.component(component) / file).read_bytes() == built, file
-
-
-def test_deriving_gives_the_codes_of_a_build_with_calibration(derived, tiny_checkpoint, tmp_path):
+def test_deriving_gives_the_codes_of_a_build(derived, tiny_checkpoint, tmp_path):
     made = derived("vae_decoder", "w8a8")
     options = {"calibration.feeds": str(made.source.recorded)}
     built = build_only(
@@ -351,7 +340,8 @@ def test_onnxruntime_executes_linear_layers_on_their_codes(name, activations, de
     made = derived("unet", name, activations=activations)
     assert made.record.quantization.activations == activations
     weights = quantized_weights(made.artifact, "unet")
-    linear = sum(w.binding.format.startswith(name) and w.axis == 1 for w in weights)
+    unfolded = name == "w8a8"  # convolutions are matrix products there, too
+    linear = sum(w.binding.format.startswith(name) and (w.axis == 1 or unfolded) for w in weights)
     counts = execution(made.artifact, "unet")
     found = sum(n for text, n in counts.items() if text.startswith(ON_ONNXRUNTIME[name, activations]))
     assert found == linear > 0, counts

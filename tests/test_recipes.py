@@ -225,8 +225,8 @@ BY_FORMAT = {  # attention, 96 channels, 100 channels, floor, convolution
     "int4": ("int4", "int4-32", "int8", "int8", "int8"),
     "int4-32": ("int4-32", "int4-32", "int8", "int8", "int8"),
     "int4-128": ("int4-128", "int4-32", "int8", "int8", "int8"),
-    "nf4": ("nf4", "int8", "int8", "int8", "int8"),
-    "nf4-double": ("nf4-double", "int8", "int8", "int8", "int8"),
+    "nf4": ("nf4", "nf4", "nf4", "int8", "int8"),
+    "nf4-double": ("nf4-double", "nf4-double", "nf4-double", "int8", "int8"),
     "fp8": ("fp8", "fp8", "fp8", "int8", "int8"),
     "fp8-weight-only": ("fp8-weight-only", "fp8-weight-only", "fp8-weight-only", "fp8-weight-only", "int8"),
 }
@@ -244,7 +244,8 @@ def test_every_format_falls_back_by_operator_shape_and_rule(name):
         "embed.weight": "embeddings stay high",
     }
     assert choices["norm_out.linear.weight"].covered, "a floor of the family counts"
-    assert choices["blocks.0.ff.0.weight"].covered == (name not in ("nf4", "nf4-double")), "8 bits are not 4"
+    assert choices["blocks.0.ff.0.weight"].covered
+    assert choices["blocks.0.ff.2.weight"].covered == (not name.startswith("int4")), "8 bits are not 4"
     assert not choices["proj_out.weight"].covered
 
 
@@ -284,19 +285,19 @@ def test_where_static_activations_are_ruled_out():
 
 
 def test_coverage_counts_bytes_and_multiplications():
-    recipe = ComponentRecipe(format="nf4", layers={"blocks.0.attn.*": "none"})
+    recipe = ComponentRecipe(format="int4", layers={"blocks.0.attn.*": "none"})
     choices = assign(LAYERS, recipe, RULES)
-    # 128 x 64 of the recipe and of the family stay high, 96 x 64 and 100 x 64 take int8; only the floor counts.
+    # 128 x 64 of the recipe and of the family stay high, 100 x 64 takes int8; the floor and blocks of 32 count.
     matmul = {la.parameter: la.elements for la in LAYERS if la.op == "MatMul" and la.elements >= SMALLEST}
-    floor, conv = matmul["norm_out.linear.weight"], LAYERS[7].elements
+    floor, conv = matmul["norm_out.linear.weight"] + matmul["blocks.0.ff.0.weight"], LAYERS[7].elements
     macs = {la.parameter: 1 for la in LAYERS}
     found = coverage(LAYERS, choices, macs)
     assert found.weights == round(floor / sum(matmul.values()), 6)
     assert found.all_weights == round((floor + conv) / (sum(matmul.values()) + conv), 6)
-    assert found.macs == round(2 / 6, 6)
+    assert found.macs == round(3 / 6, 6)
     assert found.exceptions == {
         "blocks.0.attn.to_q.weight": "none: the recipe",
-        "blocks.0.ff.0.weight": "int8: 96 input channels",
+        "blocks.0.ff.0.weight": "int4-32: 96 input channels",
         "blocks.0.ff.2.weight": "int8: 100 input channels",
         "norm_out.linear.weight": "int8: the family's floor",
         "proj_out.weight": "none: the family keeps it high",
