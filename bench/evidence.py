@@ -65,6 +65,16 @@ CHECKS = {
         ),
         about="every number format on every CPU backend: size, seconds, memory, fidelity, retrieval, coverage",
     ),
+    "exceptions": Check(
+        run="intaglio.bench.evidence_exceptions:measure",
+        sources=(
+            "quantize/*.py",
+            "profiles/family.sd.toml",
+            "profiles/emoji/**/*.safetensors",
+            "bench/evidence_exc*.py",
+        ),
+        about="what each layer that stays high buys in dB of the picture, on the embedded checkpoint",
+    ),
     "mmdit": Check(
         run="intaglio.bench.evidence_mmdit:measure",
         sources=(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from intaglio.exporters.plan import Plan
     from intaglio.exporters.stages import Stages
 
+# Parameters of one component, and steps: five runs at a large model's own 28 or 50 steps take hours on a CPU.
+LARGE, LARGE_STEPS = 200_000_000, 4
 COUNTS, LIMITS = ("prompts", "steps"), ("psnr", "ssim", "error")
 CERTIFICATE_OPTIONS = tuple(f"certificate.{key}" for key in (*COUNTS, *LIMITS))
 PROMPTS = 2
@@ -91,17 +93,25 @@ def certify(plan: Plan, artifact: Artifact, draft: Artifact | None, stages: Stag
     if plan.certificate is None:
         return Certified(certificate=None, remarks=("no certificate was asked for: certificate.prompts is 0",))
     with stages.stage("certificate") as facts:
-        asked = plan.certificate
+        asked, few = plan.certificate, few_steps(plan.certificate, artifact)
         found = make_certificate(
             artifact,
             draft,
             prompts=asked.prompts,
-            steps=asked.steps,
+            steps=few or asked.steps,
             limits=asked.limits,
             accept=accept,
             note=stages.note,
         )
         facts["backends"] = [name for name, record in found.backends.items() if record.against]
     remarks = [f"certificate: {name}: {reason}" for name, reason in found.skipped.items()]
+    if few:
+        remarks.append(f"certificate: {few} steps, the model is large; --set certificate.steps=N takes more")
     remarks += [f"certificate: waived by --accept-fidelity: {miss}" for miss in found.waived]
     return Certified(certificate=found, remarks=tuple(remarks))
+
+
+def few_steps(asked: CertificateSettings, artifact: Artifact) -> int | None:
+    """LARGE_STEPS where nothing else was asked for and a component is LARGE."""
+    largest = max(record.parameters for record in artifact.manifest.components.values())
+    return LARGE_STEPS if asked.steps is None and largest > LARGE else None

@@ -89,7 +89,9 @@ def put_quantized(module: torch.nn.Module, parameter: str, weight: StoredWeight,
 
     target = module.get_parameter(parameter)
     with torch.no_grad():
-        target.copy_(torch.from_numpy(value).reshape(target.shape))
+        # Of a causal 3D kernel the graph has the last frame: the others meet zeros.
+        part = target[:, :, -1] if weight.binding.transform == "last_frame" and target.ndim == 5 else target
+        part.copy_(torch.from_numpy(value).reshape(part.shape))
     if weight.activation is not None:
         layer = module.get_submodule(parameter.rpartition(".")[0])
         arithmetic = StaticInput(weight, channels_first=target.ndim > 2)
@@ -119,7 +121,7 @@ class StaticInput:
         x, factor = inputs[0], None
         if self.factor is not None:
             factor = self.factor.to(x.device)
-            factor = factor[:, None, None] if self.channels_first else factor
+            factor = factor.reshape(-1, *[1] * (x.ndim - 2)) if self.channels_first else factor
             x = x * factor
         if self.low_rank:
             self.held.append(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from intaglio.profiles.errors import UsageError
@@ -12,11 +12,19 @@ from intaglio.profiles.recipe import ComponentRecipe, Recipe, load_recipe
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.profiles.sizes import parse_bytes
 from intaglio.quantize.feeds import RECORDS, SEED, CalibrationSet, read_prompts
-from intaglio.quantize.formats import FORMATS
+from intaglio.quantize.formats import FORMATS, Format
 from intaglio.quantize.layers import Rules, nominal_format
 
 PREFIX = "quantize"
 KINDS = {"activations": str, "method": str, "range": str, "smoothquant": float, "rank": int}
+# Setting to the formats that read it, in words and as a question.
+USERS: dict[str, tuple[str, Callable[[Format], bool]]] = {
+    "activations": ("every format", lambda row: row.codec is not None),
+    "method": ("formats of 4 bits", lambda row: row.codec is not None and row.bits < FORMATS["int8"].bits),
+    "range": ("static formats", lambda row: row.static),
+    "smoothquant": ("w8a8", lambda row: row.activations == "INT8"),
+    "rank": ("every format but int8", lambda row: row.codec is not None and row.low_rank),
+}
 CALIBRATION = ("prompts", "count", "steps", "records", "seed", "memory", "feeds")
 
 
@@ -48,7 +56,29 @@ def component_recipes(
         changed = {**values.get("*", {}), **values.get(component, {})}
         made = dataclasses.replace(base, format=name, layers=layers, **changed)  # type: ignore[arg-type]
         result[component] = completed(component, made, rules_of(contracts[component]))
+    for component, given in values.items():
+        asked = result if component == "*" else {component: result[component]}
+        for key in given:
+            check_used(component, key, asked, contracts)
     return result
+
+
+def check_used(
+    component: str, key: str, recipes: Mapping[str, ComponentRecipe], contracts: Mapping[str, Contract]
+) -> None:
+    """Refuse a setting that nothing reads.
+
+    Raises:
+        UsageError: no format of these components does.
+    """
+    words, uses = USERS[key]
+    rows = [
+        FORMATS[f] for n, r in recipes.items() for f in (nominal_format(r, rules_of(contracts[n])), *r.layers.values())
+    ]
+    if not any(uses(row) for row in rows):
+        name = key if component == "*" else f"{component}.{key}"
+        formats = ", ".join(sorted({r.format for r in recipes.values()}))
+        raise UsageError(f"--set {PREFIX}.{name} is read by {words}, and {formats} was asked for; leave it out")
 
 
 def settings(options: Mapping[str, str], components: tuple[str, ...]) -> dict[str, dict[str, object]]:
@@ -148,5 +178,6 @@ def is_quantized(recipe: ComponentRecipe) -> bool:
 def needs_feeds(recipe: ComponentRecipe, names: Sequence[str] = ()) -> bool:
     """Whether the recipe can only be carried out with recorded feeds; `names` are the formats its layers take."""
     formats = [FORMATS[f] for f in (recipe.format, *recipe.layers.values(), *names) if f != "none"]
-    four = any(f.bits < 8 for f in formats)
-    return any(f.static for f in formats) or (four and recipe.method == "awq") or (recipe.rank > 0 and bool(formats))
+    four = any(f.bits < FORMATS["int8"].bits for f in formats)
+    weighted = (four and recipe.method == "awq") or (recipe.rank > 0 and any(f.low_rank for f in formats))
+    return weighted or any(f.static for f in formats)

@@ -31,6 +31,7 @@ class Format:
         codec: ``module:name`` of the pure NumPy pair; ``rtn`` the one that takes the largest value of a block as it is.
         activations: ONNX dtype of the static activations; empty: they stay float.
         weight_only: the same weights without static activations.
+        low_rank: whether a low-rank branch pays beside it.
         others: operator to the format its weights take instead.
         smaller: the format of a MatMul weight whose input channels are no multiple of the block; empty where blocks may
             run over rows, as nf4's do.
@@ -44,6 +45,7 @@ class Format:
     rtn: str | None = None
     activations: str = ""
     weight_only: str = ""
+    low_rank: bool = True
     others: tuple[tuple[str, str], ...] = ()
     smaller: str = ""
 
@@ -56,7 +58,7 @@ class Format:
 INT8_ELSEWHERE = (("Conv", "int8"), ("Gather", "int8"))  # of formats that only matrix products have
 FORMATS: dict[str, Format] = {
     "none": Format(bits=32, codebook="checkpoint's own", storage="checkpoint's dtype"),
-    "int8": Format(bits=8, codec="intaglio.quantize.int8:CODEC"),
+    "int8": Format(bits=8, codec="intaglio.quantize.int8:CODEC", low_rank=False),
     "w8a8": Format(
         bits=8,
         codec="intaglio.quantize.int8:CODEC",

@@ -116,7 +116,7 @@ class Rewriter:
 
     def quantize(self, layer: Layer, name: str, scales: InputScales) -> None:
         """Put codes in the place of one weight."""
-        rank = self.rank if layer.op == "MatMul" and FORMATS[name].bits < 8.5 and name != "int8" else 0
+        rank = self.rank if layer.op == "MatMul" and FORMATS[name].low_rank else 0
         weight = Weight(layer, name, self.method, scales, min(rank, *layer.shape[:2]) if rank else 0)
         self.weights.append(weight)
         node = pointwise_to_matmul(self.model, layer) if layer.pointwise else layer.node

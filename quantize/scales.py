@@ -24,7 +24,11 @@ def needs_statistics(recipe: ComponentRecipe, choices: Mapping[str, Choice]) -> 
     def needs(name: str) -> bool:
         row = FORMATS[name]
         four = row.codec is not None and row.bits < FORMATS["int8"].bits
-        return row.static or (four and recipe.method == "awq") or (recipe.rank > 0 and (row.static or four))
+        return (
+            row.static
+            or (four and recipe.method == "awq")
+            or (recipe.rank > 0 and row.codec is not None and row.low_rank)
+        )
 
     return tuple(parameter for parameter, choice in choices.items() if needs(choice.format))
 
