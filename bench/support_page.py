@@ -98,7 +98,7 @@ def page() -> str:
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for (name, op, runtime), row in SUPPORT.items():
         assert runtime in RUNTIMES
-        faster = "yes" if row.faster else "no: smaller, not faster"
+        faster = {True: "yes", False: "no: smaller, not faster", None: "not measured"}[row.faster]
         lines.append(f"| `{name}` | {FORMATS[name].bits} | {op} | {runtime} | {row.how} | {faster} | {row.reason} |")
     lines += ["", "## Schedulers", "", ", ".join(f"`{name}`" for name in SCHEDULERS), ""]
     return "\n".join(lines)
