@@ -106,7 +106,7 @@ def rewrite(folder, manifest):
 
 
 MANIFESTS = {  # an edit, and what the message holds
-    "schema of tomorrow": (lambda m: m.update(schema_version=99), ["schema version 99", "reads 2"]),
+    "schema of tomorrow": (lambda m: m.update(schema_version=99), ["schema version 99", "reads 3"]),
     "unknown key": (lambda m: m.update(familly="sd"), ["unknown key 'familly'", "Did you mean 'family'?"]),
     "key missing": (lambda m: m.pop("recipe"), ["key 'recipe' is missing"]),
     "wrong type": (lambda m: m.update(family=3), ["family: expected str, found 3"]),

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
+from partial import QUICK
 
 from intaglio.exporters.build import build
 from intaglio.exporters.cast import cast_to_contract
@@ -118,7 +119,7 @@ def test_a_vae_that_overflows_float16_fails_the_build_by_name(tiny_checkpoint, c
     few_steps(checkpoint)
     scaled(checkpoint, "vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight", 3e3)
     with pytest.raises(NumericsError) as caught:
-        build(checkpoint, tmp_path / "built", dtype=["fp16"])
+        build(checkpoint, tmp_path / "built", dtype=["fp16"], options=QUICK)
     message = str(caught.value)
     assert message.startswith("vae_decoder: ") and "(after decoder.conv_in" in message
     assert "at step" in message and "--dtype bf16" in message and "\n" not in message
@@ -139,7 +140,7 @@ def test_t5_overflows_float16_in_wo_and_the_contracts_islands_hold_it(built_case
         return dataclasses.replace(made, components=tuple(c for c in made.components if c.name == name))
 
     monkeypatch.setattr(module, "make_plan", alone)
-    artifact = build(checkpoint, tmp_path / "built")
+    artifact = build(checkpoint, tmp_path / "built", options=QUICK)
     contract = load_family("flux").contract[name]
 
     def audit(contract):
@@ -158,7 +159,7 @@ def test_in_range_peaks_are_kept_in_the_build_log_and_the_variant_lies_beside(
     only_decoder(monkeypatch)
     checkpoint = copy_artifact(tiny_checkpoint, "quiet")
     few_steps(checkpoint)
-    artifact = build(checkpoint, tmp_path / "built", dtype=["onnx=fp16"])
+    artifact = build(checkpoint, tmp_path / "built", dtype=["onnx=fp16"], options=QUICK)
     peaks = json.loads((artifact.folder / "build.json").read_text())["float16_peaks"]
     assert set(peaks) == set(artifact.manifest.components)
     assert all(0 < value < LIMIT for rows in peaks.values() for value in rows.values())

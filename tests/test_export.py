@@ -7,6 +7,7 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
+from partial import QUICK
 
 from intaglio.exporters.checkpoint import open_checkpoint
 from intaglio.exporters.component import FAMILIES, family_of
@@ -126,7 +127,9 @@ def test_half_precision_weights_stay_half_on_disk_and_exact_in_use(tiny_checkpoi
     half = copy_artifact(tiny_checkpoint, "half")
     for file in half.rglob("*.safetensors"):
         save_file({k: v.astype(np.float16) for k, v in load_file(file).items()}, file)
-    artifact = build(half, tmp_path / "built", targets=("openvino",))  # compares with torch, raises on a difference
+    artifact = build(
+        half, tmp_path / "built", targets=("openvino",), options=QUICK
+    )  # compares with torch, raises on a difference
     stored = {t.dtype for t in artifact.manifest.components["unet"].tensors.values()}
     assert "FLOAT16" in stored
     unet = artifact.manifest.components["unet"]
@@ -148,7 +151,7 @@ def test_a_wrong_weight_is_caught_before_the_artifact_appears(tiny_checkpoint, t
     # One component is enough, and four times faster.
     monkeypatch.setattr(module, "make_plan", lambda *a, **k: _only(plan(*a, **k), "vae_decoder"))
     with pytest.raises(ParityError, match="vae_decoder on onnxruntime differs"):
-        module.build(tiny_checkpoint, tmp_path / "built")
+        module.build(tiny_checkpoint, tmp_path / "built", options=QUICK)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,7 +214,7 @@ def test_a_checkpoint_with_an_unknown_parameter_is_refused(tiny_checkpoint, copy
     file = folder / "text_encoder/model.safetensors"
     save_file({**load_file(file), "surprise.weight": np.zeros(3, np.float32)}, file)
     with pytest.raises(CheckpointError, match=r"surprise\.weight"):
-        build(folder, folder.parent / "built")
+        build(folder, folder.parent / "built", options=QUICK)
 
 
 def test_the_artifact_has_the_layout_other_tools_read(tiny_artifact, tiny_checkpoint):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from partial import QUICK
 from PIL import Image
 
 import intaglio.exporters.build as building
@@ -88,7 +89,9 @@ def taesd(tmp_path_factory):
 @pytest.fixture(scope="module")
 def artifact(tiny_checkpoint, taesd, tmp_path_factory):
     folder = tmp_path_factory.mktemp("previews") / "artifact"
-    return build(tiny_checkpoint, folder, targets=("openvino",), dtype=["openvino=fp16"], preview_vae=str(taesd))
+    return build(
+        tiny_checkpoint, folder, targets=("openvino",), dtype=["openvino=fp16"], preview_vae=str(taesd), options=QUICK
+    )
 
 
 @pytest.fixture(scope="module")
@@ -470,7 +473,7 @@ def test_a_tiny_vae_as_the_checkpoints_own(tiny_checkpoint, copy_artifact, tmp_p
         return dataclasses.replace(made, components=made.components[-1:])
 
     monkeypatch.setattr(building, "make_plan", decoder_alone)
-    artifact = build(folder, tmp_path / "artifact")
+    artifact = build(folder, tmp_path / "artifact", options=QUICK)
     assert artifact.manifest.settings["scaling_factor"] == 1.0 and artifact.manifest.settings["vae_scale_factor"] == 8
     latents = np.random.default_rng(2).standard_normal((2, 4, 9, 8)).astype(np.float32)
     found = load_engine("onnxruntime", artifact, "vae_decoder").run({"latent_sample": latents})["sample"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_sd
 import tiny_sdxl
+from partial import QUICK
 
 from intaglio.exporters import checkpoint_index
 from intaglio.exporters.build import build
@@ -139,7 +140,7 @@ def test_a_converted_folder_and_its_file_hold_the_same_values(single, tmp_path):
 def built(single, tmp_path_factory):
     file, config = single("sd1", "float16")
     folder = tmp_path_factory.mktemp("single") / "built"
-    return build(file, folder, config=config), file, config
+    return build(file, folder, config=config, options=QUICK), file, config
 
 
 def test_picture_is_diffusers_own_from_single_file(built):
