@@ -8,14 +8,11 @@ of its own for each row.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +23,9 @@ from rich.progress import track
 
 from intaglio.bench.evidence import ROOT
 from intaglio.profiles.artifact import Artifact
-from intaglio.profiles.manifest import Manifest
 from intaglio.profiles.recipe import ComponentRecipe
-from intaglio.profiles.strict import from_dict
-from intaglio.runtimes.engine import Engine, EngineOptions, load_engine
+from intaglio.runtimes.engine import Engine, load_engine
 from intaglio.runtimes.fidelity import relative_l2
-from intaglio.runtimes.host_memory import peak_bytes, reset_peak
 
 NAME = "transformer"
 LAYERS, HEADS, TEXT_WIDTH, POOLED = 4, 24, 4096, {"text_encoder": 768, "text_encoder_2": 1280}
@@ -77,7 +71,9 @@ def measure() -> dict[str, Any]:
         source = build_source(folder)
         artifacts = derive_all(source, folder)
         feeds = example_feeds(source, seed=11)
-        memory = {row: peak_of(artifacts[row.key], row, folder) for row in track(ROWS, "memory", console=shown())}
+        memory = {
+            row: peak_of(artifacts[row.key], row, folder, feeds) for row in track(ROWS, "memory", console=shown())
+        }
         seconds, errors = interleaved(artifacts, feeds)
         return {
             "model": {"parameters": source.manifest.components[NAME].parameters, "layers": LAYERS, "sizes": SIZES},
@@ -175,25 +171,15 @@ def interleaved(
     return seconds, errors
 
 
-def peak_of(artifact: Artifact, row: Row, folder: Path) -> int:
+def peak_of(artifact: Artifact, row: Row, folder: Path, feeds: dict[str, np.ndarray]) -> int:
     """Peak resident bytes of a process that loads the row's graph and runs it once."""
-    note = folder / "artifact.json"
+    note, arrays = folder / "artifact.json", folder / "feeds.npz"
     note.write_bytes(artifact.manifest.to_bytes())
-    command = [sys.executable, "-m", __name__, str(artifact.folder), str(note), row.backend]
+    np.savez(arrays, **feeds)  # type: ignore[arg-type]
+    words = [str(artifact.folder), str(note), NAME, row.backend, str(arrays)]
+    command = [sys.executable, "-m", "intaglio.bench.engine_peak", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(json.loads(done.stdout.splitlines()[-1]))
-
-
-def child(folder: str, note: str, backend: str) -> None:
-    """Load, run, print the peak."""
-    manifest = from_dict(Manifest, json.loads(Path(note).read_text(encoding="utf-8")), note)
-    artifact = Artifact(folder=Path(folder), manifest=manifest)
-    feeds = example_feeds(artifact, seed=11)
-    gc.collect()
-    reset_peak()
-    engine = load_engine(backend, artifact, NAME, EngineOptions())
-    engine.run(feeds)
-    print(peak_bytes())
+    return int(done.stdout.splitlines()[-1])
 
 
 def figures(
@@ -226,16 +212,3 @@ def figures(
         "coverage_weights": record.coverage.weights if record else None,
         "coverage_macs": record.coverage.macs if record else None,
     }
-
-
-def table(rows: Iterator[dict[str, Any]]) -> str:
-    """For people."""
-    return "\n".join(
-        f"{r['backend']:<12}{r['format']:<6}{r['activations']:<18}{r['speed_of_torch']:6.2f}x torch "
-        f"{r['speed_of_own_fp32']:6.2f}x fp32 {r['peak_of_own_fp32']:6.2f} memory {r['relative_l2']:9.1e}"
-        for r in rows
-    )
-
-
-if __name__ == "__main__":
-    child(*sys.argv[1:4])
