@@ -59,7 +59,7 @@ CHECKS = {
     "formats": Check(
         run="intaglio.bench.evidence_formats:measure",
         sources=(
-            *("quantize/*.py", "exporters/lower_o*.py", "exporters/onnxruntime_passes.py"),
+            *("quantize/*.py", "exporters/lower_o*.py", "exporters/onnxruntime_*.py"),
             *("exporters/openvino_passes.py", "runtimes/engine_o*.py", "profiles/family.sd.toml"),
             "profiles/emoji/**/*.safetensors",
         ),
@@ -78,7 +78,7 @@ CHECKS = {
     "mmdit": Check(
         run="intaglio.bench.evidence_mmdit:measure",
         sources=(
-            *("quantize/*.py", "exporters/lower_o*.py", "exporters/onnxruntime_passes.py"),
+            *("quantize/*.py", "exporters/lower_o*.py", "exporters/onnxruntime_*.py"),
             *(
                 "exporters/openvino_passes.py",
                 "runtimes/engine_o*.py",

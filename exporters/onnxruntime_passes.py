@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from intaglio.exporters.graph_edit import Adder, dequantized_int8, only_user, swap
+from intaglio.exporters.onnxruntime_late import FP8, late_conv_and_fp8, late_int8_products
 from intaglio.quantize.nf4 import GROUP, dynamic_map
-from intaglio.quantize.rewrite import DOMAIN, NF4_NODE, drop_unused, insert, register, replace_uses
+from intaglio.quantize.rewrite import DOMAIN, NF4_NODE, drop_unused, insert, register
 
 MICROSOFT = "com.microsoft"
 NF4 = 1  # quant_type of MatMulBnb4; 0 is fp4
 MIDDLE = np.uint8(128)  # zero point of activations: s8 code q is u8 code q + 128
 FAR = np.iinfo(np.int64).max  # a Slice's "to the end"
-FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 
 
 def lower_graph(model: ir.Model, activations: str) -> dict[str, int]:
@@ -55,7 +56,7 @@ def nf4_products(model: ir.Model) -> int:
             matmul = use.node
             inputs, options = [matmul.inputs[0], codes, absmax], {**attributes, "quant_type": NF4}
             made = ir.node("MatMulBnb4", inputs, options, domain=MICROSOFT)
-            _swap(model, matmul, made)
+            swap(model, matmul, made)
             count += 1
     return count
 
@@ -108,18 +109,18 @@ def _is_zero_int8(value: ir.Value | None) -> bool:
 
 def _integer_matmul(model: ir.Model, matmul: ir.Node, quantize: ir.Node, middle: ir.Value) -> bool:
     """A MatMul of a quantized input with int8 codes [K, N]; a bias that is added at once goes along."""
-    weight = _dequantized_int8(matmul, 1)
+    weight = dequantized_int8(matmul, 1)
     if weight is None:
         return False
     codes, scale = weight
-    follower = _only_user(matmul.outputs[0])
+    follower = only_user(matmul.outputs[0])
     bias = _bias(follower, matmul.outputs[0], int(codes.shape[1])) if follower is not None else None
     made = _product(quantize.outputs[0], codes, (quantize.inputs[1], scale, middle), bias)
     if bias is not None and follower is not None:
-        _swap(model, follower, made)
+        swap(model, follower, made)
         model.graph.remove(matmul, safe=True)
     else:
-        _swap(model, matmul, made)
+        swap(model, matmul, made)
     return True
 
 
@@ -130,14 +131,14 @@ def _integer_conv(model: ir.Model, conv: ir.Node, quantize: ir.Node, middle: ir.
     those of the waist. ConvInteger takes 5 times as long as fp32; Conv on the dequantized input 1.3 times; QLinearConv
     is as fast but rounds its output to eight bits, which the waist does not. The unfolded input takes one byte per tap.
     """
-    weight, attributes = _dequantized_int8(conv, 1), conv.attributes
+    weight, attributes = dequantized_int8(conv, 1), conv.attributes
     if weight is None or attributes.get_int("group", 1) != 1 or attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return False
     codes, scale = weight
     outputs, _, *kernel = (int(d) for d in codes.shape)
     axes = len(kernel)
     last, first = [0, *range(2, axes + 2), 1], [0, axes + 1, *range(1, axes + 1)]
-    add = _Adder(model, conv)
+    add = Adder(model, conv)
     value = add("Transpose", quantize.outputs[0], perm=last)
     pads = list(attributes.get_ints("pads", [0] * 2 * axes))
     if any(pads):  # with the code of 0.0
@@ -147,11 +148,11 @@ def _integer_conv(model: ir.Model, conv: ir.Node, quantize: ir.Node, middle: ir.
     rows = add("Reshape", turned, add.constant([-1, outputs]))
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     made = _product(value, rows, (quantize.inputs[1], scale, middle), bias)
-    _swap(model, conv, ir.node("Transpose", [insert(model, conv, made, ir.DataType.FLOAT)], {"perm": first}))
+    swap(model, conv, ir.node("Transpose", [insert(model, conv, made, ir.DataType.FLOAT)], {"perm": first}))
     return True
 
 
-def _unfold(add: _Adder, value: ir.Value, kernel: list[int], attributes: Any) -> ir.Value:
+def _unfold(add: Adder, value: ir.Value, kernel: list[int], attributes: Any) -> ir.Value:
     """[B, H, W, C] to [B, H', W', taps * C]: what each output position sees, one Slice for each tap of the kernel."""
     axes = len(kernel)
     steps = list(attributes.get_ints("strides", [1] * axes))
@@ -196,7 +197,7 @@ def fp8_activations(model: ir.Model) -> int:
         value = insert(
             model, node, ir.node("Cast", [node.inputs[0]], {"to": ir.DataType.FLOAT.value}), ir.DataType.FLOAT
         )
-        _swap(model, node, ir.node("Mul", [value, node.inputs[1]]))
+        swap(model, node, ir.node("Mul", [value, node.inputs[1]]))
         count += 1
     return count
 
@@ -208,55 +209,14 @@ def table_lookups(model: ir.Model) -> int:
     """
     count = 0
     for node in [n for n in model.graph if n.op_type == "Gather"]:
-        weight = _dequantized_int8(node, 0)
+        weight = dequantized_int8(node, 0)
         if weight is None or node.attributes.get_int("axis", 0) != 0:
             continue
-        (codes, scale), ids, add = weight, node.inputs[1], _Adder(model, node)
+        (codes, scale), ids, add = weight, node.inputs[1], Adder(model, node)
         value = add("Cast", add("Gather", codes, ids, axis=0), to=ir.DataType.FLOAT.value)
         scales = add("Unsqueeze", add("Gather", scale, ids, axis=0), add.constant([-1]))
-        _swap(model, node, ir.node("Mul", [value, scales]))
+        swap(model, node, ir.node("Mul", [value, scales]))
         count += 1
-    return count
-
-
-def late_conv_and_fp8(model: ir.Model) -> int:
-    """int8 weights of float convolutions, and fp8 weights: decoded just before use, see `_decode_late`."""
-    return _decode_late(model, lambda node, dtype: dtype in FP8 or node.op_type == "Conv")
-
-
-def late_int8_products(model: ir.Model) -> int:
-    """int8 weights of matrix products with exact activations, see `_decode_late`.
-
-    In exact arithmetic MatMulNBits has no kernel of eight bits: it decodes on every call too, keeps a transposed copy,
-    and takes 1.1 to 2.5 times as long ([2, 1536] x [1536, 9216]: 117 to 250 ms, this 41 to 66, fp32 4 to 8).
-    """
-    return _decode_late(model, lambda node, dtype: dtype == ir.DataType.INT8 and node.op_type == "MatMul")
-
-
-def _decode_late(model: ir.Model, chosen: Callable[[ir.Node, ir.DataType | None], bool]) -> int:
-    """Let a weight's scale depend on the input it meets, so that it is decoded after that input was computed.
-
-    ONNX Runtime runs first whatever needs no input, which is every DequantizeLinear of a weight: all weights then lie
-    in float32 at the same time (24 convolutions of 320 channels: peak 224 MB, 67 in this form, 201 in fp32). The scale
-    is multiplied with the sign of the batch size, 1.0: no value changes.
-    """
-    count, ones = 0, {}
-    for node in [n for n in model.graph if n.op_type == "DequantizeLinear"]:
-        codes, user = node.inputs[0], _only_user(node.outputs[0])
-        if user is None or codes is None or codes.const_value is None or "block_size" in node.attributes:
-            continue
-        value = user.inputs[0]
-        if value is None or node.outputs[0] is value or not chosen(user, codes.dtype):
-            continue
-        source = value.producer()
-        if source is not None and source.op_type == "DequantizeLinear":  # ONNX Runtime copies those of two readers
-            value = source.inputs[0]
-        if value not in ones:
-            ones[value] = _Adder(model, user).one_behind(value)
-        scale = insert(model, node, ir.node("Mul", [node.inputs[1], ones[value]]), ir.DataType.FLOAT)
-        node.replace_input_with(1, scale)
-        count += 1
-    model.graph.sort()
     return count
 
 
@@ -270,6 +230,8 @@ def state_zero_points(model: ir.Model) -> None:
         codes = node.inputs[0]
         if len(node.inputs) > 2 or codes is None or codes.const_value is None or codes.dtype != ir.DataType.INT8:
             continue
+        if node.inputs[1].shape == ():  # one scale: the scalar it invents is right
+            continue
         channels = int(codes.const_value.shape[node.attributes.get_int("axis", 1)])
         name = f"onnxruntime.zeros_{channels}"
         zeros = model.graph.initializers.get(name)
@@ -277,51 +239,6 @@ def state_zero_points(model: ir.Model) -> None:
             zeros = register(model, name, ir.tensor(np.zeros(channels, np.int8), name=name))
         node.resize_inputs(3)
         node.replace_input_with(2, zeros)
-
-
-class _Adder:
-    """Inserts nodes in front of `place`."""
-
-    def __init__(self, model: ir.Model, place: ir.Node) -> None:
-        self.model, self.place = model, place
-
-    def __call__(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = ir.node(op, list(inputs), attributes)
-        self.model.graph.insert_before(self.place, node)
-        return node.outputs[0]
-
-    def constant(self, numbers: list[int]) -> ir.Value:
-        """An int64 initializer; equal ones are one."""
-        name = "onnxruntime." + "_".join(str(n) for n in numbers)
-        known = self.model.graph.initializers.get(name)
-        return (
-            known
-            if known is not None
-            else register(self.model, name, ir.tensor(np.array(numbers, np.int64), name=name))
-        )
-
-    def one_behind(self, value: ir.Value) -> ir.Value:
-        """float32 [1]: 1.0, known once `value` is."""
-        sign = self("Sign", self("Shape", value, start=0, end=1))
-        return self("Cast", sign, to=ir.DataType.FLOAT.value)
-
-
-def _dequantized_int8(node: ir.Node, index: int) -> tuple[ir.Value, ir.Value] | None:
-    """Codes and scales of an input that is an int8 initializer dequantized per channel."""
-    value = node.inputs[index]
-    source = value.producer() if value is not None else None
-    if source is None or source.op_type != "DequantizeLinear" or "block_size" in source.attributes:
-        return None
-    codes, scale = source.inputs[:2]
-    if codes is None or scale is None or codes.const_value is None or codes.dtype != ir.DataType.INT8:
-        return None
-    return codes, scale
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    """The one node that reads a value which is no output of the graph."""
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def _bias(node: ir.Node, value: ir.Value, channels: int) -> ir.Value | None:
@@ -334,15 +251,6 @@ def _bias(node: ir.Node, value: ir.Value, channels: int) -> ir.Value | None:
     cast = other.producer()
     stored = other if cast is None else cast.inputs[0] if cast.op_type == "Cast" else None
     return other if stored is not None and stored.const_value is not None else None
-
-
-def _swap(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    """Put `new` where `old` was."""
-    value, made = old.outputs[0], new.outputs[0]
-    model.graph.insert_before(old, new)
-    made.type, made.shape = value.type, value.shape
-    replace_uses(model, value, made)
-    model.graph.remove(old, safe=True)
 
 
 INT8_PRODUCTS = "int8 weights decoded just before use"
