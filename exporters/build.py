@@ -15,6 +15,7 @@ from intaglio.exporters.certificate import certify
 from intaglio.exporters.checkpoint import Checkpoint, Weights, source_digests, write_config
 from intaglio.exporters.checkpoint_index import digest_of, remember, remember_files
 from intaglio.exporters.component import Component
+from intaglio.exporters.graph_cache import FROM_CACHE
 from intaglio.exporters.lowering import Job, Lowered, lowering
 from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
@@ -128,8 +129,9 @@ def make_draft(plan: Plan, folder: Path, sources: dict[str, str], stages: Stages
     folder.mkdir()
     copy_files(plan, folder)
     for component in plan.components:
-        with stages.stage(f"{component.name}: capture"):
+        with stages.stage(f"{component.name}: capture") as facts:
             model = captured(plan, component)
+            facts["traced"] = not model.meta[FROM_CACHE]
             keep_stored_dtype(model)
             save_component(model, folder / component.name, stages.note)
             write_config(plan.checkpoint.config(component.source), folder / component.name / "config.json")
@@ -170,6 +172,8 @@ def build_component(
             raise name_file(plan, component.source, error) from error
         write_config(plan.checkpoint.config(component.source), place / "config.json")
         facts["data_bytes"] = (place / DATA).stat().st_size
+        if not draft:
+            facts["traced"] = not model.meta[FROM_CACHE]
     if made:
         quantization = quantization_record(plan.recipe[component.name], made, calibrated)
     record = record_of(plan, component, place, model, quantization)

@@ -14,6 +14,7 @@ import numpy as np
 
 from intaglio.exporters.checkpoint import Parameter, Weights
 from intaglio.exporters.component import Component
+from intaglio.exporters.graph_cache import cached, graph_key
 from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
 from intaglio.quantize.layers import PARAMETER
@@ -59,7 +60,17 @@ def capture(component: Component, config: Mapping[str, Any], weights: Weights, s
         module = component.wrap(untrained)
     buffers = {name: b.numpy().copy() for name, b in module.named_buffers()}
     parameters = match_parameters(component, module, weights)
-    module = module.to("meta").eval()
+    key = graph_key(component, module, config, shapes)
+    model = cached(key, (*parameters, *buffers), lambda: export(component, module.to("meta").eval(), shapes))
+    bind(model, component, parameters, buffers)
+    name_axes(model, component)
+    return model
+
+
+def export(component: Component, module: torch.nn.Module, shapes: Mapping[str, Range]) -> ir.Model:
+    """Torch's graph of a module on the meta device, as it comes."""
+    import torch
+
     with quiet(), torch.no_grad():
         program = torch.export.export(
             module,
@@ -77,8 +88,10 @@ def capture(component: Component, config: Mapping[str, Any], weights: Weights, s
             verbose=False,
         )
     model: ir.Model = exported.model
-    bind(model, component, parameters, buffers)
-    name_axes(model, component)
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():  # stack traces with this computer's paths
+            node.metadata_props.clear()
+            node.doc_string = None
     return model
 
 

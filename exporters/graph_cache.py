@@ -110,7 +110,7 @@ def described(value: Any, depth: int = 4) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         parts = [described(v, depth - 1) for v in value] if depth else [len(value)]
         return sorted(parts, key=str) if isinstance(value, set | frozenset) else parts
-    kind = value if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__") else type(value)
+    kind = value if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")) else type(value)
     name = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"
     if kind is value or not depth or not hasattr(value, "__dict__"):
         return name

@@ -36,9 +36,6 @@ def canonicalize(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
     )(model)
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
 
 
 def is_parameter(value: ir.Value | None) -> bool:
