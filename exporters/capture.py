@@ -15,6 +15,7 @@ import numpy as np
 from intaglio.exporters.checkpoint import Parameter, Weights
 from intaglio.exporters.component import Component
 from intaglio.exporters.graph_cache import cached, graph_key
+from intaglio.exporters.repeat import KEPT, NotRepeatable, expand, find_runs, put, shorten
 from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
 from intaglio.quantize.layers import PARAMETER
@@ -68,7 +69,29 @@ def capture(component: Component, config: Mapping[str, Any], weights: Weights, s
 
 
 def export(component: Component, module: torch.nn.Module, shapes: Mapping[str, Range]) -> ir.Model:
-    """Torch's graph of a module on the meta device, as it comes."""
+    """The graph of a module on the meta device, as torch gives it; equal blocks in `Component.repeats` traced once."""
+    runs = find_runs(module, [component.prefix + path for path in component.repeats])
+    model = None
+    if any(run.count > KEPT for run in runs):
+        whole = shorten(module, runs)
+        try:
+            model = traced(component, module, shapes)
+            expand(model, runs)
+        except NotRepeatable:
+            model = None
+        finally:
+            for path, blocks in whole.items():
+                put(module, path, blocks)
+    model = traced(component, module, shapes) if model is None else model
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():  # stack traces with this computer's paths
+            node.metadata_props.clear()
+            node.doc_string = None
+    return model
+
+
+def traced(component: Component, module: torch.nn.Module, shapes: Mapping[str, Range]) -> ir.Model:
+    """The graph of a module as torch gives it."""
     import torch
 
     with quiet(), torch.no_grad():
@@ -88,10 +111,6 @@ def export(component: Component, module: torch.nn.Module, shapes: Mapping[str, R
             verbose=False,
         )
     model: ir.Model = exported.model
-    for graph in (model.graph, *model.functions.values()):
-        for node in graph.all_nodes():  # stack traces with this computer's paths
-            node.metadata_props.clear()
-            node.doc_string = None
     return model
 
 

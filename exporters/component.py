@@ -46,6 +46,8 @@ class Component:
         ignore: regular expression of checkpoint keys that are not parameters of this component.
         transforms: regular expressions of parameters of which the graph has a part, with the name in
             `capture.TRANSFORMS`.
+        repeats: lists of blocks, as `model` names them, whose equal members need not all be traced; the forward pass
+            must not look at a block's place in the list.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Component:
     ignore: str = r"$^"
     contract: Callable[[Contract], Contract] = field(default=lambda contract: contract)
     transforms: tuple[tuple[str, str], ...] = ()
+    repeats: tuple[str, ...] = ()
 
 
 class FamilyExporter(Protocol):

@@ -161,6 +161,7 @@ class Flux:
                 model=transformer_from_config,
                 reference=pretrained("diffusers", "FluxTransformer2DModel", "transformer"),
                 wrap=wrap_transformer,
+                repeats=("transformer_blocks", "single_transformer_blocks"),
                 inputs=(
                     spec("hidden_states", "batch", "image_tokens", channels),
                     spec("encoder_hidden_states", "batch", "t5_tokens", config["joint_attention_dim"]),

@@ -133,6 +133,7 @@ def transformer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Component:
         model=transformer_from_config,
         reference=pretrained("diffusers", "Flux2Transformer2DModel", "transformer"),
         wrap=wrap_transformer,
+        repeats=("transformer_blocks", "single_transformer_blocks"),
         inputs=(
             spec("hidden_states", "batch", "image_tokens", channels),
             spec("encoder_hidden_states", "batch", "tokens", config["joint_attention_dim"]),

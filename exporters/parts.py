@@ -177,6 +177,7 @@ def t5_text_encoder(checkpoint: Checkpoint, part: str, *, axis: str = "t5_tokens
         prefix="",
         rename=((r"^shared\.", "encoder.embed_tokens."),),
         ignore=r"^decoder\.|^lm_head\.",
+        repeats=("encoder.block",),
     )
 
 

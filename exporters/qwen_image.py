@@ -124,6 +124,7 @@ class QwenImage:
                 model=untrained("diffusers", TRANSFORMER),
                 reference=pretrained("diffusers", TRANSFORMER, "transformer"),
                 wrap=wrap_transformer,
+                repeats=("transformer_blocks",),
                 inputs=(
                     spec("hidden_states", "batch", "image_tokens", channels),
                     spec("encoder_hidden_states", "batch", "tokens", width),

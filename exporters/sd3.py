@@ -140,6 +140,7 @@ class StableDiffusion3:
                 model=transformer_from_config(checkpoint),
                 reference=pretrained("diffusers", "SD3Transformer2DModel", "transformer"),
                 wrap=wrap_transformer(skipped),
+                repeats=("transformer_blocks",),
                 inputs=(
                     spec("hidden_states", "batch", config["in_channels"], *latent),
                     spec("encoder_hidden_states", "batch", "tokens", config["joint_attention_dim"]),
