@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from intaglio.exporters.lowering import Job, Lowered
+from intaglio.exporters.openvino_names import number_names
 from intaglio.exporters.openvino_passes import waist_reader
 from intaglio.exporters.store import GRAPH
 from intaglio.profiles.errors import ParityError
@@ -47,6 +48,7 @@ class LowerOpenVino:
                 compare_port(job.component, port, spec)
             if job.contract.activations_scale_factor:  # where optimum-intel puts it, and OpenVINO's GPU plugin reads it
                 model.set_rt_info(str(job.contract.activations_scale_factor), list(SCALE_FACTOR))
+            number_names(model)
             openvino.save_model(model, job.folder / XML, compress_to_fp16=False)
             return Lowered(facts={"operators": operators(model), "constants": constants(model)})
 
