@@ -88,6 +88,14 @@ CHECKS = {
         ),
         about="formats on a random MMDiT of 330 M parameters: speed of torch and of fp32, memory, error",
     ),
+    "rot": Check(
+        run="intaglio.bench.evidence_rot:measure",
+        sources=(
+            *("profiles/artifact.py", "profiles/staging.py", "profiles/verified.py"),
+            *("exporters/resume.py", "exporters/build.py"),
+        ),
+        about="builds killed at every change of the file system, and resumed; artifacts replaced in use; verification",
+    ),
     "fresh_clone": Check(
         run="intaglio.bench.evidence_fresh_clone:measure",
         sources=("Makefile", "constraints.txt", "pyproject.toml", ".ci/run"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.bench.machine import sentence
-from intaglio.profiles.artifact import swap
 from intaglio.profiles.errors import UsageError
+from intaglio.profiles.staging import swap
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 BUSY = 0.25  # load per core before the benchmark from which a reader should be warned

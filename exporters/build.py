@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intaglio import __version__
 from intaglio.exporters import additions
+from intaglio.exporters.build_records import build_log, draft_manifest, record_of
 from intaglio.exporters.capture import capture
 from intaglio.exporters.certificate import certify
-from intaglio.exporters.checkpoint import Checkpoint, Weights, source_digests, write_config
+from intaglio.exporters.checkpoint import Checkpoint, source_digests, write_config
 from intaglio.exporters.checkpoint_index import digest_of, remember, remember_files
 from intaglio.exporters.component import Component
 from intaglio.exporters.graph_cache import FROM_CACHE
@@ -21,7 +19,6 @@ from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
 from intaglio.exporters.plan import Plan, audit_steps, audited, make_plan
 from intaglio.exporters.quantization import (
-    DRAFT,
     Calibrated,
     calibrate,
     name_file,
@@ -30,18 +27,16 @@ from intaglio.exporters.quantization import (
     unquantized,
 )
 from intaglio.exporters.recipes import is_quantized, needs_feeds
+from intaglio.exporters.resume import Work, build_key
 from intaglio.exporters.stages import Stages
-from intaglio.exporters.store import DATA, GRAPH, keep_stored_dtype, save_component, stored_tensors, weight_bindings
-from intaglio.profiles.artifact import Artifact, seal, writing
-from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
-from intaglio.profiles.spec import ComponentRecord, Quantization
-from intaglio.profiles.strict import to_dict
+from intaglio.exporters.store import DATA, GRAPH, keep_stored_dtype, save_component
+from intaglio.profiles.artifact import Artifact, seal
+from intaglio.profiles.spec import ComponentRecord
+from intaglio.profiles.staging import claim
 from intaglio.quantize.rewrite import BadWeight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
 def build(
@@ -64,6 +59,7 @@ def build(
 
     The folder appears whole by one rename, after every runnable target was compared with torch and its pictures with
     those of the unquantized graphs. With `accept_fidelity` pictures that miss their thresholds are recorded as waived.
+    What a build of the same inputs finished before it was killed is taken up; ``build.json`` says what.
 
     Raises:
         ToolError: an input is wrong, a target refuses the graph, or the result differs from the reference.
@@ -81,26 +77,22 @@ def build(
         preview_vae=preview_vae,
     )
     target = Path(output)
-    with writing(target, force=force) as folder, Stages(stage_count(plan)) as stages:
+    with claim(target, force=force) as held, Stages(stage_count(plan)) as stages:
         with stages.stage("hash checkpoint"):
             sources = source_digests(plan.checkpoint)
+        work = open_work(plan, held.start(build_key(plan, sources)))
+        folder = work.content
         copy_files(plan, folder)
         remember(plan.checkpoint, digest_of(sources))
         remember_files(additions.files(plan.checkpoint))
-        draft = make_draft(plan, folder / DRAFT, sources, stages) if plan.drafted else None
-        calibrated = calibrate(plan, draft, draft.folder, stages) if draft and plan.calibration else {}
-        records, engines = {}, {}
-        for component in plan.components:
-            made = calibrated.get(component.name)
-            records[component.name], lowered = build_component(plan, component, folder, stages, draft, made)
-            engines.update(lowered.engines)
+        draft = make_draft(plan, work, sources, stages) if plan.drafted else None
+        calibrated = calibrated_once(plan, draft, work, stages) if draft and plan.calibration else {}
+        records, engines = build_components(plan, work, stages, draft, calibrated)
         manifest = draft_manifest(plan, records, engines, sources)
         built = Artifact(folder=folder, manifest=manifest)
         parity = check_all(plan, built, stages)
         peaks = check_ranges(plan, draft or built, stages)
         certified = certify(plan, built, draft, stages, accept=accept_fidelity)
-        if draft:
-            shutil.rmtree(draft.folder)
         log = {**build_log(stages, parity, plan), "float16_peaks": peaks}
         log["remarks"] += certified.remarks
         sealed = seal(folder, manifest, log, certified.certificate)
@@ -123,20 +115,47 @@ def copy_files(plan: Plan, folder: Path) -> None:
     plan.checkpoint.inversions.extend_tokenizers(folder)
 
 
-def make_draft(plan: Plan, folder: Path, sources: dict[str, str], stages: Stages) -> Artifact:
+def open_work(plan: Plan, folder: Path) -> Work:
+    """The staging folder, with what an earlier build of the same inputs finished before it was killed."""
+    feeds = plan.options.get("calibration.feeds")
+    return Work(folder, [c.name for c in plan.components], None if feeds is None else Path(feeds))
+
+
+def make_draft(plan: Plan, work: Work, sources: dict[str, str], stages: Stages) -> Artifact:
     """The unquantized graphs as an artifact for ONNX Runtime: what calibration and certificates compare with."""
-    plain, records = unquantized(plan), {}
-    folder.mkdir()
+    plain, records, folder = unquantized(plan), {}, work.draft
     copy_files(plan, folder)
     for component in plan.components:
+        done = work.drafted(component.name)
         with stages.stage(f"{component.name}: capture") as facts:
+            if done:
+                facts["resumed"] = True
+                records[component.name] = done.record
+                continue
             model = captured(plan, component)
             facts["traced"] = not model.meta[FROM_CACHE]
             keep_stored_dtype(model)
             save_component(model, folder / component.name, stages.note)
             write_config(plan.checkpoint.config(component.source), folder / component.name / "config.json")
-        records[component.name] = record_of(plain, component, folder / component.name, model)
+            records[component.name] = record_of(plain, component, folder / component.name, model)
+            work.note_drafted(component.name, records[component.name])
     return Artifact(folder=folder, manifest=draft_manifest(plain, records, {}, sources))
+
+
+def calibrated_once(plan: Plan, draft: Artifact, work: Work, stages: Stages) -> dict[str, Calibrated]:
+    """Scales by component, measured now or by the build that was killed."""
+    found = work.calibrated()
+    if found is None:
+        return work.note_calibrated(calibrate(plan, draft, draft.folder, stages))
+    resumed(stages, "calibration: record feeds", *(f"{name}: calibrate" for name in found))
+    return found
+
+
+def resumed(stages: Stages, *names: str) -> None:
+    """Log stages that an earlier build finished."""
+    for name in names:
+        with stages.stage(name) as facts:
+            facts["resumed"] = True
 
 
 def captured(plan: Plan, component: Component) -> ir.Model:
@@ -145,6 +164,30 @@ def captured(plan: Plan, component: Component) -> ir.Model:
     model = capture(component, plan.checkpoint.config(component.source), weights, plan.shapes)
     canonicalize(model)
     return model
+
+
+def build_components(
+    plan: Plan, work: Work, stages: Stages, draft: Artifact | None, calibrated: Mapping[str, Calibrated]
+) -> tuple[dict[str, ComponentRecord], dict[str, dict[str, Any]]]:
+    """Every component that was not finished before; records by component and engines by path."""
+    records, engines = {}, {}
+    for component in plan.components:
+        name, done = component.name, work.built(component.name)
+        if done:
+            resumed(stages, first_stage(name, draft), *(f"{name}: {target}" for target in plan.targets))
+            records[name] = done.record
+            engines.update(done.engines)
+            continue
+        made = calibrated.get(name)
+        records[name], lowered = build_component(plan, component, work.content, stages, draft, made)
+        engines.update(lowered.engines)
+        work.note_built(name, records[name], lowered.engines)
+    return records, engines
+
+
+def first_stage(component: str, draft: Artifact | None) -> str:
+    """What the first stage of a component is called: its graph is captured, or taken from the draft."""
+    return f"{component}: {'quantize' if draft else 'capture'}"
 
 
 def build_component(
@@ -159,7 +202,7 @@ def build_component(
     import onnx_ir as ir
 
     place, quantization = folder / component.name, None
-    with stages.stage(f"{component.name}: {'quantize' if draft else 'capture'}") as facts:
+    with stages.stage(first_stage(component.name, draft)) as facts:
         model = ir.load(draft.component(component.name) / GRAPH) if draft else captured(plan, component)
         made = None
         if is_quantized(plan.recipe[component.name]):
@@ -186,23 +229,6 @@ def build_component(
     return record, Lowered(engines=engines)
 
 
-def record_of(
-    plan: Plan, component: Component, place: Path, model: ir.Model, quantization: Quantization | None = None
-) -> ComponentRecord:
-    """What the manifest says of a component that was written."""
-    return ComponentRecord(
-        source=component.source,
-        inputs=component.inputs,
-        outputs=component.outputs,
-        parameters=count_parameters(component, plan.checkpoint.weights(component.source)),
-        format=plan.recipe[component.name].format,
-        targets=plan.targets,
-        tensors=stored_tensors(place),
-        weights=weight_bindings(model),
-        quantization=quantization,
-    )
-
-
 def make_job(plan: Plan, component: Component, place: Path, target: str, stages: Stages) -> Job:
     """What the lowering of one component is given."""
     return Job(
@@ -219,15 +245,6 @@ def make_job(plan: Plan, component: Component, place: Path, target: str, stages:
         activations=plan.recipe[component.name].activations,
         progress=stages.note,
     )
-
-
-def count_parameters(component: Component, weights: Weights) -> int:
-    """Number of weights of this component in the checkpoint."""
-    import math
-    import re
-
-    kept = {n: p for n, p in weights.renamed(component.rename).items() if not re.search(component.ignore, n)}
-    return sum(math.prod(p.shape) for p in kept.values())
 
 
 def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:
@@ -256,54 +273,3 @@ def check_ranges(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, di
         audit = audit_ranges(artifact, contracts, steps=steps)
         audit.check()
     return audit.to_json()
-
-
-def draft_manifest(
-    plan: Plan, records: dict[str, ComponentRecord], engines: dict[str, dict[str, Any]], sources: dict[str, str]
-) -> Manifest:
-    """The manifest without its file list."""
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        family=plan.profile.name,
-        name=plan.checkpoint.name,
-        components=records,
-        shapes=dict(plan.shapes),
-        settings={**plan.profile.defaults, **plan.exporter.settings(plan.checkpoint)},
-        recipe=plan.formats,
-        dtypes={target: dict(rows) for target, rows in plan.dtypes.items()},
-        licence=plan.checkpoint.licence,
-        contract={c.name: to_dict(plan.contract(c.name)) for c in plan.components},
-        provenance={
-            "checkpoint": plan.checkpoint.name,
-            "family": plan.profile.name,
-            "pipeline": plan.checkpoint.pipeline_class,
-            "digest": digest_of(sources),
-            "sources": sources,
-            **additions.provenance(plan.checkpoint),
-            # What is measured of an artifact, and where a file lies, is not what the artifact is.
-            "options": {
-                key: value
-                for key, value in plan.options.items()
-                if not key.startswith("certificate.") and key != "calibration.feeds"
-            },
-            "intaglio": __version__,
-            "tools": {name: importlib.metadata.version(name) for name in TOOLS},
-        },
-        engines={name: {k: v for k, v in facts.items() if k != "bytes"} for name, facts in engines.items()},
-        files={},
-    )
-
-
-def build_log(stages: Stages, parity: dict[str, dict[str, float]], plan: Plan) -> dict[str, Any]:
-    """What goes into ``build.json``: seconds and peak memory per stage, parity figures, remarks."""
-    import os
-    import platform
-
-    return {
-        "stages": stages.log,
-        "seconds": round(sum(s["seconds"] for s in stages.log), 2),
-        "peak_bytes": max((s["peak_bytes"] or 0 for s in stages.log), default=0) or None,
-        "parity_relative_l2": {c: {b: float(f"{e:.3e}") for b, e in rows.items()} for c, rows in parity.items()},
-        "remarks": list(plan.remarks),
-        "host": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
-    }

@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from intaglio.profiles.certificate import FOLDER as CERTIFICATE
 from intaglio.profiles.certificate import Certificate, write_certificate
-from intaglio.profiles.errors import ArtifactError, UsageError
+from intaglio.profiles.errors import ArtifactError
 from intaglio.profiles.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from intaglio.profiles.verified import Verified
 
+T = TypeVar("T")
+Generation = tuple[int, int, int, int]
 SUMS = "SHA256SUMS"
 BUILD_LOG = "build.json"
-CHUNK = 1 << 22
+ATTEMPTS = 20  # to read an artifact that is replaced again and again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A folder and its manifest."""
+    """A folder and its manifest; `generation` tells the folder from one that took its place since it was opened."""
 
     folder: Path
     manifest: Manifest
+    generation: Generation | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Artifact:
-        """Open an artifact and, by default, hash every file against ``SHA256SUMS``.
+        """Open an artifact and, by default, check every file against ``SHA256SUMS``.
+
+        Files that an earlier check found right and that did not change since are not hashed again.
 
         Raises:
             ArtifactError: a file is missing, altered, truncated or not listed; the message names it.
         """
-        path = Path(folder)
-        if not path.is_dir():
-            raise ArtifactError(f"{path} is not a folder; run: intaglio build CHECKPOINT -o {path}")
-        artifact = cls(folder=path, manifest=read_manifest(path))
-        if verify:
-            artifact.verify()
-        return artifact
+        return whole(folder, lambda artifact: artifact, verify=verify)
 
-    def verify(self) -> int:
-        """Hash every file; returns their number.
+    def verify(self, *, remembered: bool = False) -> int:
+        """Hash every file, or with `remembered` those that changed since an earlier check; returns their number.
 
         Raises:
             ArtifactError: naming the first file that is missing, unlisted, or of another size or digest.
@@ -61,17 +57,32 @@ class Artifact:
             raise ArtifactError(f"{self.folder / name} is missing; build the artifact again")
         for name in sorted(self.manifest.files.keys() - listed.keys()):
             raise ArtifactError(f"{self.folder / SUMS} does not list {name}; build the artifact again")
+        verified = Verified(self.folder, format_sums(listed).encode())
         for name, digest in listed.items():
-            self._check(name, digest)
+            self._check(name, digest, verified, remembered=remembered)
+        verified.save()
         return len(listed)
 
-    def _check(self, name: str, digest: str) -> None:
+    def _check(self, name: str, digest: str, verified: Verified, *, remembered: bool) -> None:
         path, record = self.folder / name, self.manifest.files.get(name)
-        size = path.stat().st_size
-        if record is not None and size != record.size:
-            raise ArtifactError(f"{path} has {size} bytes, expected {record.size}; build the artifact again")
-        if sha256(path) != digest or (record is not None and record.sha256 != digest):
+        before = path.stat()
+        if record is not None and before.st_size != record.size:
+            raise ArtifactError(f"{path} has {before.st_size} bytes, expected {record.size}; build the artifact again")
+        wrong = record is not None and record.sha256 != digest
+        if not wrong and remembered and verified.holds(name, before):
+            return
+        if wrong or sha256(path) != digest:
             raise ArtifactError(f"{path} was altered: its sha256 is not the recorded one; build the artifact again")
+        verified.note(name, before, path.stat())
+
+    def check_current(self) -> None:
+        """Refuse to read on where another build took this one's place.
+
+        Raises:
+            ArtifactError: it did, since the artifact was opened.
+        """
+        if self.generation not in (None, generation_of(self.folder)):
+            raise ArtifactError(f"{self.folder} was replaced since it was opened; load it again")
 
     def component(self, name: str) -> Path:
         """The folder of one component."""
@@ -83,13 +94,62 @@ class Artifact:
         return sum((self.folder / n).stat().st_size for n in names if not parts or n.startswith(parts))
 
 
+def whole(
+    folder: str | Path,
+    make: Callable[[Artifact], T],
+    *,
+    verify: bool = True,
+    discard: Callable[[T], None] = lambda made: None,
+) -> T:
+    """Open an artifact and make something of its files: all of one build, though it be replaced meanwhile.
+
+    Args:
+        folder: of the artifact.
+        make: reads what it needs; what it raises counts only when the folder is still the one that was opened.
+        verify: as for `Artifact.open`.
+        discard: is given what was made of a folder that was replaced before all was read.
+
+    Raises:
+        ArtifactError: as for `Artifact.open`; or the folder is replaced faster than it can be read.
+    """
+    path = Path(folder)
+    for _ in range(ATTEMPTS):
+        before = generation_of(path)
+        try:
+            made = make(_opened(path, before, verify=verify))
+        except Exception:
+            if generation_of(path) == before:
+                raise
+            continue
+        if generation_of(path) == before:
+            return made
+        discard(made)
+    raise ArtifactError(f"{path} is replaced again and again while it is read; wait until it is built")
+
+
+def _opened(path: Path, generation: Generation | None, *, verify: bool) -> Artifact:
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a folder; run: intaglio build CHECKPOINT -o {path}")
+    artifact = Artifact(folder=path, manifest=read_manifest(path), generation=generation)
+    if verify:
+        artifact.verify(remembered=True)
+    return artifact
+
+
+def generation_of(folder: Path) -> Generation | None:
+    """What tells an artifact from one that took its place: the folder, its list of digests, and when that was made."""
+    try:
+        place = folder.stat()
+        sums = (folder / SUMS).stat()
+    except OSError:
+        return None
+    return place.st_dev, place.st_ino, sums.st_ino, sums.st_ctime_ns
+
+
 def sha256(path: Path) -> str:
     """Digest of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -117,54 +177,6 @@ def read_sums(folder: Path) -> dict[str, str]:
 def format_sums(sums: Mapping[str, str]) -> str:
     """The one way ``SHA256SUMS`` is written: sorted, as ``sha256sum -c`` reads it."""
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-
-
-@contextlib.contextmanager
-def writing(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a sibling temporary folder that becomes `target` when the block ends well, and vanishes otherwise.
-
-    With `force` an existing folder is replaced by one rename.
-
-    Raises:
-        UsageError: `target` has no name, exists, or its parent cannot be written.
-    """
-    if target.name in ("", ".."):
-        raise UsageError(f"output {str(target)!r} has no name of its own; choose a folder to create")
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists; choose another name or add --force to replace it")
-    if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(
-            f"{target} exists and is not an artifact; --force replaces artifacts only, choose another name"
-        )
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise UsageError(f"{target} cannot be written ({error.strerror}); choose another output folder") from error
-    try:
-        yield temporary
-        swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already when the rename succeeded
-
-
-def swap(temporary: Path, target: Path) -> None:
-    """Rename `temporary` to `target`, moving an existing folder out of the way first."""
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def seal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def from_dict(cls: type[T], data: Any, where: str, *, error: type[ToolError] = P
     """
     if not isinstance(data, Mapping):
         raise error(f"{where}: expected a table, found {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast("Any", cls))}
     for key in data:
         if key not in fields:
@@ -87,3 +88,9 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_dict(v) for v in value]
     return value
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Types of a dataclass's fields; resolving their names takes longer than reading a row."""
+    return typing.get_type_hints(cls)

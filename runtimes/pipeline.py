@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.profiles.artifact import Artifact
+from intaglio.profiles.artifact import Artifact, whole
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import pick, resolve
 from intaglio.runtimes.engine import Engine, EngineOptions, load_engine
@@ -40,6 +40,7 @@ class LoadedEngines:
         """The engine of a component."""
         if name not in self.loaded:
             self.loaded[name] = load_engine(self.backend, self.artifact, name, self.options)
+            self.artifact.check_current()
         return self.loaded[name]
 
     def release(self, *names: str) -> None:
@@ -182,6 +183,7 @@ def load(
         MissingDependency: the backend is not installed; the message is the pip line.
         Unsupported: the device is not there.
     """
-    opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact, verify=verify)
     options = EngineOptions(device=device, threads=threads, checkpoint=checkpoint, settings=dict(settings or {}))
-    return Pipeline(opened, backend, options, residency)
+    if isinstance(artifact, Artifact):
+        return Pipeline(artifact, backend, options, residency)
+    return whole(artifact, lambda a: Pipeline(a, backend, options, residency), verify=verify, discard=Pipeline.close)

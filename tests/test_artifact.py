@@ -9,10 +9,13 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from partial import build_only
 
 from intaglio.profiles.artifact import Artifact, format_sums, read_sums, sha256
 from intaglio.profiles.errors import ArtifactError, ProfileError, UsageError
@@ -169,8 +172,6 @@ def test_an_edited_list_of_digests_is_refused(edit, tiny_artifact, copy_artifact
 
 def test_sha256sum_reads_the_list(tiny_artifact):
     """Whoever has no intaglio can check an artifact with coreutils."""
-    import subprocess
-
     if not shutil.which("sha256sum"):
         pytest.skip("sha256sum is not installed")
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tiny_artifact.folder, check=True)
@@ -211,6 +212,49 @@ def test_nothing_tells_who_built_it_or_where(tiny_artifact, tiny_checkpoint):
             assert not re.search(rf"\b{re.escape(person)}\b", text), (name, person)
         absolute = [value for value in values(json.loads(text)) if re.match(r"/|[A-Za-z]:\\|~|file:", value)]
         assert absolute == [], name
+
+
+ELSEWHERE = "some-other-computer"  # a name that no graph has
+SOMEBODY = "somebody-else"
+BUILD = """
+import sys
+from pathlib import Path
+from partial import build_only
+build_only(Path(sys.argv[1]), Path("artifact"), "text_encoder", targets=("onnx", "openvino"))
+"""
+
+
+def can_rename_the_computer():
+    """Whether a process may have a host name of its own here; without it only the variable differs."""
+    tools = shutil.which("unshare") and shutil.which("hostname")
+    return bool(tools) and not subprocess.run(["unshare", "-u", "hostname", ELSEWHERE], capture_output=True).returncode
+
+
+def test_another_person_on_another_computer_builds_the_same(tiny_checkpoint, tmp_path):
+    """Other names, home, folders, hash seed, language, time zone and caches; the digest is the one of this process."""
+    here = build_only(tiny_checkpoint, tmp_path / "here", "text_encoder", targets=("onnx", "openvino"))
+    home = tmp_path / SOMEBODY
+    checkpoint = shutil.copytree(tiny_checkpoint, home / tiny_checkpoint.name)  # the name is in the manifest
+    environment = {
+        **os.environ,
+        **dict.fromkeys(("USER", "LOGNAME", "USERNAME"), SOMEBODY),
+        **dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(home)),
+        "HOSTNAME": ELSEWHERE,
+        "PYTHONHASHSEED": "7",
+        "TZ": "Asia/Tokyo",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    command = [sys.executable, "-c", BUILD, str(checkpoint)]
+    if can_rename_the_computer():
+        command = ["unshare", "-u", "sh", "-c", f'hostname {ELSEWHERE} && exec "$@"', "sh", *command]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    there = Artifact.open(home / "artifact")
+    assert there.manifest.digest == here.manifest.digest
+    for name in files_of(there.folder):
+        data = (there.folder / name).read_bytes()
+        assert [word for word in (ELSEWHERE, SOMEBODY, str(tmp_path)) if word.encode() in data] == [], name
 
 
 def values(data):
