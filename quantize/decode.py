@@ -12,6 +12,7 @@ import numpy as np
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import WeightBinding
 from intaglio.quantize.formats import FORMATS, codec
+from intaglio.quantize.rewrite import along_inputs
 
 GRAPH = "model.onnx"
 
@@ -96,7 +97,7 @@ def _stored(initializers: Any, parameter: str, binding: WeightBinding) -> Stored
         low_rank=low_rank,
         shape=shape,
         axis=axis,
-        smooth=read(binding.smooth) if binding.smooth else None,
+        smooth=read(binding.smooth).reshape(-1) if binding.smooth else None,
         activation=float(read(binding.activation)) if binding.activation else None,
     )
 
@@ -114,7 +115,7 @@ def checkpoint_layout(weight: StoredWeight) -> np.ndarray:
     """Its float32 value as the checkpoint has it: linear weights [N, K], the input's smoothing folded in."""
     value = weight.decode()
     if weight.smooth is not None:
-        value = value * weight.smooth[:, None]
+        value = value * along_inputs(weight.smooth, value.ndim)
     return np.ascontiguousarray(value.T) if weight.binding.transform == "transpose" else value
 
 
