@@ -69,7 +69,7 @@ def test_parts_that_differ_are_refused(artifacts, monkeypatch):
             return {name: value * 1.001 for name, value in super().run(feeds).items()}
 
     monkeypatch.setattr(parity, "torch_in_parts", Wrong)
-    with pytest.raises(ParityError, match="unet on onnxruntime differs from torch by .\...e-0[34], allowed 2e-05"):
+    with pytest.raises(ParityError, match=r"unet on onnxruntime differs from torch by .\...e-0[34], allowed 2e-05"):
         check_component(artifacts["none"], "unet", TOLERANCE, limit=100_000)
 
 
