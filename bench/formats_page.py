@@ -1,6 +1,6 @@
-"""``docs/formats.md``, generated from the tables of formats and the figures on file.
+"""``docs/formats.md`` and the README's table, generated from the tables of formats and the figures on file.
 
-``python -m intaglio.bench.formats_page`` writes it; a test compares.
+``python -m intaglio.bench.formats_page`` writes both; a test compares.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 from intaglio.bench.evidence import FOLDER, ROOT
 from intaglio.quantize.formats import FORMATS, OPS, SUPPORT, TARGETS, Format
 
-PAGE = ROOT / "docs/formats.md"
+PAGE, README = ROOT / "docs/formats.md", ROOT / "README.md"
+START, END = "<!-- formats: python -m intaglio.bench.formats_page -->", "<!-- end of formats -->"
+SHORT = {"psnr": 1, "ssim": 4, "flip": 4}  # metrics of the README's table and their decimals
 MB = 1e6
 INTRODUCTION = """# Number formats
 
@@ -248,5 +250,36 @@ def page(root: Path = ROOT) -> str:
     return "\n".join(lines)
 
 
+def readme_table(root: Path = ROOT) -> str:
+    """Formats and backends in short, between the README's markers."""
+    facts = recorded("formats", root)
+    if facts is None:
+        return f"{START}\n{NOT_MEASURED.format('formats')}\n{END}"
+    head = ["format", "backend", "MB", "s/image", "x fp32", "peak MB", "PSNR dB", "SSIM", "FLIP", "right emoji"]
+    rows = [
+        [
+            f"`{row['format']}`",
+            row["backend"],
+            megabytes(row["bytes"]),
+            number(row["seconds"], 2),
+            number(row["seconds_ratio_to_fp32"]["median"], 2),
+            number(row["peak_bytes"] / MB, 0),
+            *(number(row[m]["median"], d, "identical") if m in row else "-" for m, d in SHORT.items()),
+            f"{row['retrieval']['top5']:.1%}",
+        ]
+        for row in facts["rows"]
+        if row["status"] == "measured"
+    ]
+    return "\n".join([START, *table(head, rows, 8), END])
+
+
+def readme(text: str, root: Path = ROOT) -> str:
+    """The README with its table as the figures under `root` have it."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return before + readme_table(root) + after
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

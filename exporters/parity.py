@@ -10,13 +10,15 @@ from intaglio.exporters.capture import trace_size
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ParityError
 from intaglio.profiles.registry import installed
-from intaglio.profiles.spec import Range, TensorSpec
-from intaglio.runtimes.engine import EngineOptions, load_engine
+from intaglio.profiles.spec import ComponentRecord, Range, TensorSpec
+from intaglio.quantize.segments import SegmentedEngine
+from intaglio.runtimes.engine import Engine, EngineOptions, load_engine
 
 EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, in float32 whatever they will run in
 # Targets that run on a CPU, and the backend that runs them. An ahead-of-time TensorRT plan needs its GPU.
 RUNNABLE = {"onnx": "onnxruntime", "openvino": "openvino"}
-
+IN_PARTS = ("onnxruntime",)  # OpenVINO compiles a whole model; its IR of a large component has the codes of the graph
+SEGMENTS = 4  # of the limit's bytes: codes unfold to float32 while they are multiplied with
 
 # Rounding of activations is discontinuous: a last bit sends a value on a tie the other way, which in the next does
 # so to others. Two engines end as far apart as the format is from float32: on random feeds the embedded UNet in
@@ -86,10 +88,12 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm((a - b).astype(np.float64)) / max(float(np.linalg.norm(b.astype(np.float64))), 1e-12))
 
 
-def check_component(artifact: Artifact, component: str, tolerance: float) -> dict[str, float]:
+def check_component(artifact: Artifact, component: str, tolerance: float, limit: int | None = None) -> dict[str, float]:
     """Largest relative L2 error of each runnable target against torch on the same (decoded) weights.
 
-    Where activations are rounded, `tolerance` is no smaller than ROUNDED: engines then differ as ties fall.
+    Where activations are rounded, `tolerance` is no smaller than ROUNDED: engines then differ as ties fall. A component
+    whose float32 weights exceed `limit` bytes is compared at one shape, torch layer by layer and ONNX Runtime segment
+    by segment; a target that cannot be run in parts is not in the result.
 
     Raises:
         ParityError: one exceeds `tolerance`; with the figures.
@@ -97,15 +101,23 @@ def check_component(artifact: Artifact, component: str, tolerance: float) -> dic
     record = artifact.manifest.components[component]
     if record.quantization is not None:
         tolerance = max(tolerance, ROUNDED[record.quantization.activations])
-    feeds = [random_feeds(record.inputs, sizes) for sizes in untraced_sizes(artifact.manifest.shapes)]
-    reference = load_engine("torch", artifact, component)
+    parts = limit if limit is not None and exceeds(record, limit) else None
+    feeds = [
+        random_feeds(record.inputs, sizes) for sizes in untraced_sizes(artifact.manifest.shapes)[: 1 if parts else 2]
+    ]
+    reference = torch_in_parts(artifact, component) if parts else load_engine("torch", artifact, component)
     wanted = [reference.run(f) for f in feeds]
     reference.close()
     errors = {}
     for target, backend in RUNNABLE.items():
-        if target not in record.targets or not installed(backend):
+        if target not in record.targets or not installed(backend) or (parts and backend not in IN_PARTS):
             continue
-        engine = load_engine(backend, artifact, component, EngineOptions(settings=EXACT.get(backend, {})))
+        options = EngineOptions(settings=EXACT.get(backend, {}))
+        engine: Engine = (
+            in_segments(artifact, component, options, parts // SEGMENTS)
+            if parts
+            else load_engine(backend, artifact, component, options)
+        )
         found = [engine.run(f) for f in feeds]
         engine.close()
         worst = max(relative_error(f[n], w[n]) for f, w in zip(found, wanted, strict=True) for n in w)
@@ -113,3 +125,23 @@ def check_component(artifact: Artifact, component: str, tolerance: float) -> dic
         if not worst <= tolerance:
             raise ParityError(f"{component} on {backend} differs from torch by {worst:.2e}, allowed {tolerance:.0e}")
     return errors
+
+
+def exceeds(record: ComponentRecord, limit: int) -> bool:
+    """Whether a component's weights in float32 are more than `limit` bytes."""
+    return 4 * record.parameters > limit
+
+
+def in_segments(artifact: Artifact, component: str, options: EngineOptions, limit: int) -> SegmentedEngine:
+    """ONNX Runtime on segments; dynamic activations, which need an optimizing engine, are computed exactly there."""
+    quantization = artifact.manifest.components[component].quantization
+    exact = quantization is None or quantization.activations != "dynamic-per-token"
+    folder = None if exact else artifact.component(component)
+    return SegmentedEngine(artifact, component, options, limit, folder=folder)
+
+
+def torch_in_parts(artifact: Artifact, component: str) -> Engine:
+    """The reference that holds one layer at a time."""
+    from intaglio.exporters.streamed import StreamedTorchEngine
+
+    return StreamedTorchEngine(artifact, component)

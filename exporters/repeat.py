@@ -1,8 +1,9 @@
-"""Trace three of many equal blocks and repeat the one in the middle: a transformer of 57 blocks is traced like one of 6.
+"""Trace four of many equal blocks and repeat the second: a transformer of 57 blocks is traced like one of 8.
 
-Blocks are equal whose parts, plain attributes and parameter shapes are. Of the three that are traced the second and the
-third must have the same graph, and what the third reads of the second is what each copy reads of the one before it.
-Where that does not hold, or a value from inside is read elsewhere, nothing is repeated and every block is traced.
+Blocks are equal if their parts, plain attributes and parameter shapes are. Of the four that are traced the second and
+the third must have the same graph, and what the third reads of the second is what each copy reads of the one before
+it. The first and the last may differ: values are first made in the one, and not needed behind the other. Where that
+does not hold, or a value from inside is read elsewhere, nothing is repeated and every block is traced.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # torch's note on a node: the modules it was traced in, outermost first
-KEPT = 3  # of a run: the first, the one that is repeated, the last
+KEPT = 4  # of a run: the first, the one that is repeated, the one behind it, the last
 
 
-class NotRepeatable(Exception):  # noqa: N818  says what was found, and is always caught
+class NotRepeatable(Exception):
     """Blocks that look equal have different graphs."""
 
 
@@ -47,7 +48,9 @@ class Run:
     @property
     def kept(self) -> list[int]:
         """Places of those that are traced, in the whole list."""
-        return [self.first + i for i in ((0, 1, self.count - 1) if self.count > KEPT else range(self.count))]
+        return [
+            self.first + i for i in ((0, 1, self.count - 2, self.count - 1) if self.count > KEPT else range(self.count))
+        ]
 
 
 def find_runs(module: torch.nn.Module, paths: Sequence[str]) -> list[Run]:
@@ -122,14 +125,14 @@ def rename_initializers(model: ir.Model, runs: Sequence[Run]) -> None:
 
 
 def repeat(model: ir.Model, run: Run) -> None:
-    """Put copies of a run's second block between it and the last."""
-    second, last = (block_nodes(model, f"{run.path}.{run.place + i}") for i in (1, 2))
+    """Put copies of a run's second block between it and the third."""
+    second, third = (block_nodes(model, f"{run.path}.{run.place + i}") for i in (1, 2))
     names = [f"{run.path}.{number}." for number in run.kept]
-    carried = compare(model, second, last, names)
+    carried = compare(model, second, third, names)
     made = {v for node in second for v in node.outputs}
     parameters = [v for node in second for v in node.inputs if v is not None and str(v.name).startswith(names[1])]
     image: dict[ir.Value, ir.Value] = {v: v for v in made}
-    for number in range(run.first + 2, run.first + run.count - 1):
+    for number in range(run.first + 2, run.first + run.count - 2):
         new = {value: image[source] for value, source in carried.items()}
         for value in parameters:
             if value not in new:
@@ -137,9 +140,9 @@ def repeat(model: ir.Model, run: Run) -> None:
                 new[value] = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
                 model.graph.register_initializer(new[value])
         for node in second:
-            model.graph.insert_before(last[0], copied(node, new, number))
+            model.graph.insert_before(third[0], copied(node, new, number))
         image = {v: new[v] for v in made}
-    for node in last:
+    for node in third:
         for index, value in enumerate(node.inputs):
             if value in made:
                 node.replace_input_with(index, image[value])
@@ -151,19 +154,19 @@ def block_nodes(model: ir.Model, scope: str) -> list[ir.Node]:
 
 
 def compare(
-    model: ir.Model, second: Sequence[ir.Node], last: Sequence[ir.Node], names: Sequence[str]
+    model: ir.Model, second: Sequence[ir.Node], third: Sequence[ir.Node], names: Sequence[str]
 ) -> dict[ir.Value, ir.Value]:
-    """What the second block reads of the first, as what the last reads of the second.
+    """What the second block reads of the first, as what the third reads of the second.
 
     Raises:
         NotRepeatable: they are not the same graph on other parameters, or others read what the second makes.
     """
     image: dict[ir.Value, ir.Value] = {}
     carried: dict[ir.Value, ir.Value] = {}
-    if [signature(node) for node in second] != [signature(node) for node in last]:
+    if [signature(node) for node in second] != [signature(node) for node in third]:
         raise NotRepeatable(names[1])
     inside = {v for node in second for v in node.outputs}
-    for mine, theirs in zip(second, last, strict=True):
+    for mine, theirs in zip(second, third, strict=True):
         for value, other in zip(mine.inputs, theirs.inputs, strict=True):
             if value is None or value in inside:
                 same = other is (None if value is None else image.get(value))
@@ -177,7 +180,7 @@ def compare(
             if not same:
                 raise NotRepeatable(f"{mine.name} and {theirs.name}")
         image.update(zip(mine.outputs, theirs.outputs, strict=True))
-    readers = {*second, *last}
+    readers = {*second, *third}
     if any(use.node not in readers for v in inside for use in v.uses()) or inside & set(model.graph.outputs):
         raise NotRepeatable(f"{names[1]} is read elsewhere")
     return carried

@@ -19,7 +19,8 @@ import onnx_ir as ir
 from intaglio.exporters.store import DATA, GRAPH
 from intaglio.quantize.formats import codec
 from intaglio.quantize.layers import Layer, find_layers
-from intaglio.quantize.rewrite import InputScales, drop_unused, insert
+from intaglio.quantize.rewrite import InputScales, along_inputs, drop_unused, insert
+from intaglio.quantize.scales import smoothed
 
 PROBE = "model.probe.onnx"
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -50,7 +51,7 @@ def effective_weight(
     shape = layer.shape[1::-1] if layer.pointwise else layer.shape
     value = codec(name, method).decode(dict(tensors), shape, axis)
     if scales.smooth is not None:
-        value = value / scales.smooth[:, None]
+        value = value / along_inputs(scales.smooth, value.ndim)
     return np.ascontiguousarray((value.T if layer.pointwise else value).reshape(layer.shape), np.float32)
 
 
@@ -123,8 +124,7 @@ class Probe:
         key = (id(value), dtype, layer.op)
         if key not in known:
             name = f"intaglio.scale.{len(known)}"
-            shape = [layer.channels, 1, 1] if layer.pointwise else [layer.channels]
-            factor = shape if layer.op == "MatMul" else [1]
+            factor = factor_shape(layer) if smoothed(layer) else [1]
             inputs = [ir.Value(name=name, shape=ir.Shape([]), type=FLOAT)]
             inputs.append(ir.Value(name=f"{name}.factor", shape=ir.Shape(factor), type=FLOAT))
             model.graph.inputs.extend(inputs)
@@ -150,8 +150,8 @@ class Probe:
                 name = self.switches[change.layer.parameter, change.activations]
                 changed[name] = self.value(np.array(change.scales.activation, np.float32))
                 if change.scales.smooth is not None:
-                    shape = (-1, 1, 1) if change.layer.pointwise else (-1,)
-                    changed[f"{name}.factor"] = self.value((1 / change.scales.smooth).astype(np.float32).reshape(shape))
+                    factor = (1 / change.scales.smooth).astype(np.float32)
+                    changed[f"{name}.factor"] = self.value(factor.reshape(factor_shape(change.layer)))
         errors = []
         for feed, truth in zip(self.feeds, self.truth, strict=True):
             found = self._run(feed, changed)
@@ -159,6 +159,11 @@ class Probe:
             errors.append(off / max(sum(float(np.sum(b**2)) for b in truth), 1e-300))
         mean = float(np.mean(errors))
         return mean if np.isfinite(mean) else float("inf")
+
+
+def factor_shape(layer: Layer) -> list[int]:
+    """Of a factor of a layer's input channels: [K], or [C, 1, 1] in front of a convolution."""
+    return [layer.channels, *[1] * (len(layer.shape) - 2)] if layer.node.op_type == "Conv" else [layer.channels]
 
 
 def switched(

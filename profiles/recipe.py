@@ -25,8 +25,10 @@ class ComponentRecipe:
             fp8 as calibrated); empty: the format's own.
         method: how blocks of int4 and nf4 are scaled: ``rtn`` (largest value), ``mse`` (least error), ``awq`` (least
             output error, inputs scaled too).
-        range: how static activation ranges are chosen from what was recorded.
-        smoothquant: alpha in [0, 1]; -1 searches it per layer, 0 leaves inputs as they are.
+        range: how static activation ranges are chosen from what was recorded; what clips least holds best on prompts
+            that were not recorded.
+        smoothquant: alpha in [0, 1]; -1 searches it per layer, which fits the recorded prompts, 0 leaves inputs as they
+            are.
         rank: of a float16 low-rank branch beside each 4-bit or w8a8 weight; 0: none.
         layers: glob pattern of parameter names to a format; the last that matches decides, over the family's own rules.
     """
@@ -34,8 +36,8 @@ class ComponentRecipe:
     format: str = "none"
     activations: str = ""
     method: str = "mse"
-    range: str = "mse"
-    smoothquant: float = -1.0
+    range: str = "absmax"
+    smoothquant: float = 0.5
     rank: int = 0
     layers: dict[str, str] = field(default_factory=dict)
 

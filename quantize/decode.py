@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import WeightBinding
 from intaglio.quantize.formats import FORMATS, codec
+from intaglio.quantize.rewrite import along_inputs
 
 GRAPH = "model.onnx"
 
@@ -49,18 +50,29 @@ class StoredWeight:
         return value
 
 
+class StoredWeights(Mapping[str, StoredWeight]):
+    """A component's quantized weights by parameter; each is read when it is asked for and not kept."""
+
+    def __init__(self, artifact: Artifact, component: str) -> None:
+        import onnx_ir as ir
+
+        self.record = artifact.manifest.components[component]
+        self._bindings = {p: b for p, b in self.record.weights.items() if b.format != "none"}
+        self._values: Any = ir.load(artifact.component(component) / GRAPH).graph.initializers if self._bindings else {}
+
+    def __getitem__(self, parameter: str) -> StoredWeight:
+        return _stored(self._values, parameter, self._bindings[parameter])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bindings)
+
+    def __len__(self) -> int:
+        return len(self._bindings)
+
+
 def quantized_weights(artifact: Artifact, component: str) -> Iterator[StoredWeight]:
     """Every quantized weight of a component, one at a time."""
-    import onnx_ir as ir
-
-    record = artifact.manifest.components[component]
-    if record.quantization is None:
-        return
-    model = ir.load(artifact.component(component) / GRAPH)
-    for parameter, binding in record.weights.items():
-        if binding.format == "none":
-            continue
-        yield _stored(model.graph.initializers, parameter, binding)
+    yield from StoredWeights(artifact, component).values()
 
 
 def _stored(initializers: Any, parameter: str, binding: WeightBinding) -> StoredWeight:
@@ -85,7 +97,7 @@ def _stored(initializers: Any, parameter: str, binding: WeightBinding) -> Stored
         low_rank=low_rank,
         shape=shape,
         axis=axis,
-        smooth=read(binding.smooth) if binding.smooth else None,
+        smooth=read(binding.smooth).reshape(-1) if binding.smooth else None,
         activation=float(read(binding.activation)) if binding.activation else None,
     )
 
@@ -96,11 +108,15 @@ def decoded_weights(artifact: Artifact, component: str) -> Iterator[tuple[Stored
     Linear weights are [N, K]. The layer's input is then taken as it is; a static scale applies to the smoothed input.
     """
     for weight in quantized_weights(artifact, component):
-        value = weight.decode()
-        if weight.smooth is not None:
-            value = value * weight.smooth[:, None]
-        transposed = weight.binding.transform == "transpose"
-        yield weight, np.ascontiguousarray(value.T) if transposed else value
+        yield weight, checkpoint_layout(weight)
+
+
+def checkpoint_layout(weight: StoredWeight) -> np.ndarray:
+    """Its float32 value as the checkpoint has it: linear weights [N, K], the input's smoothing folded in."""
+    value = weight.decode()
+    if weight.smooth is not None:
+        value = value * along_inputs(weight.smooth, value.ndim)
+    return np.ascontiguousarray(value.T) if weight.binding.transform == "transpose" else value
 
 
 def codes_digest(artifact: Artifact, component: str) -> str:

@@ -26,7 +26,8 @@ class InputScales:
     """What calibration found for the input of one layer.
 
     Attributes:
-        smooth: factor [K] float32 the weight's rows are multiplied with and the input divided by; ``None``: neither.
+        smooth: factor [K] float32 the weight's input channels are multiplied with and the input divided by; ``None``:
+            neither.
         activation: static scale of the (smoothed) input.
         importance: mean square [K] of the (smoothed) input, for searches.
     """
@@ -93,7 +94,7 @@ class Weight:
     def _encode(self) -> dict[str, np.ndarray]:
         weight, scales = self.layer.read(), self.scales
         if scales.smooth is not None:
-            weight = weight * scales.smooth[:, None]
+            weight = weight * along_inputs(scales.smooth, weight.ndim)
         pair = codec(self.format, self.method)
         if not self.rank:
             return pair.encode(weight, self.axis, importance=scales.importance)
@@ -172,6 +173,8 @@ class Rewriter:
         if scales.smooth is None:
             return value
         factor = (1 / scales.smooth).astype(np.float32)
+        if node.op_type == "Conv":
+            factor = along_inputs(factor, node.inputs[1].shape.rank())[0]
         key = (id(value), "smooth", factor.tobytes())
         if key not in self.shared:
             constant = self._constant(f"{parameter}.smooth", factor)
@@ -249,6 +252,11 @@ def quantize_graph(
         drop_unused(model)
         model.graph.opset_imports[""] = max(model.graph.opset_imports.get("", 0), 21)
     return rewriter.weights
+
+
+def along_inputs(factor: np.ndarray, rank: int) -> np.ndarray:
+    """A factor [K] as it multiplies a weight's input channels: of [K, N], or of a convolution's [M, C, kh, kw]."""
+    return factor[:, None] if rank == 2 else factor.reshape(1, -1, *[1] * (rank - 2))
 
 
 def pointwise_to_matmul(model: ir.Model, layer: Layer) -> ir.Node:

@@ -63,7 +63,7 @@ def input_scales(
 def _group(members: Sequence[Layer], name: str, met: InputStatistics, recipe: ComponentRecipe) -> InputScales:
     row, samples = FORMATS[name], met.samples
     try:
-        factor = _smoothing(members, name, met, recipe) if members[0].op == "MatMul" else None
+        factor = _smoothing(members, name, met, recipe) if smoothed(members[0]) else None
     except UsageError:
         raise
     except ValueError as error:  # a codec met NaN or infinity
@@ -80,16 +80,27 @@ def _group(members: Sequence[Layer], name: str, met: InputStatistics, recipe: Co
 def _smoothing(members: Sequence[Layer], name: str, met: InputStatistics, recipe: ComponentRecipe) -> np.ndarray | None:
     """What the weights' rows are multiplied with; ``None`` where nothing is gained.
 
-    SmoothQuant is for int8 activations: fp8's step grows with the value, so that outliers cost little there.
+    SmoothQuant is for int8 activations: fp8's step grows with the value, so that outliers cost little there. A
+    convolution is as many products as its kernel has taps, and its input channels are scaled in the same way.
     """
     row = FORMATS[name]
     if row.activations == "INT8" and recipe.smoothquant != 0:
-        weights = [layer.read() for layer in members]
+        weights = [by_inputs(layer.read()) for layer in members]
         alpha: float | None = recipe.smoothquant
         if recipe.smoothquant < 0:
             alpha, _, _ = smoothquant.best_alpha(met.samples, met.peak, weights, method=recipe.range)
         return None if alpha is None else smoothquant.smoothing(met.peak, smoothquant.weight_peaks(weights), alpha)
-    if recipe.method == "awq" and not row.static:
+    if recipe.method == "awq" and not row.static and members[0].op == "MatMul":
         factor, before, after = awq.search([layer.read() for layer in members], met.samples, codec(name, "mse"))
         return factor if after < before else None
     return None
+
+
+def smoothed(layer: Layer) -> bool:
+    """Whether the input channels of a layer can be scaled: they are those of its weight, which grouped ones are not."""
+    return layer.op == "MatMul" or (layer.op == "Conv" and layer.node.attributes.get_int("group", 1) == 1)
+
+
+def by_inputs(weight: np.ndarray) -> np.ndarray:
+    """A weight [K, N] as it is, one of a convolution [M, C, kh, kw] as [C, M * kh * kw]."""
+    return weight if weight.ndim == 2 else np.ascontiguousarray(weight.swapaxes(0, 1).reshape(weight.shape[1], -1))

@@ -107,6 +107,12 @@ def test_the_page_is_the_tables_and_the_figures():
     assert formats_page.PAGE.read_text(encoding="utf-8") == formats_page.page()
 
 
+def test_the_readme_has_the_figures():
+    text = formats_page.README.read_text(encoding="utf-8")
+    assert text.count(formats_page.START) == text.count(formats_page.END) == 1
+    assert formats_page.readme(text) == text
+
+
 def write(root, name, figures):
     file = root / formats_page.FOLDER / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +148,13 @@ def test_measured_and_refused_cells_are_on_the_page(tmp_path):
     assert "| `int8` | openvino | 20.0 | 10.0 | 0.75 (0.75-0.75) | 0.25 (0.25-0.25) | 300.0 | identical / 0.2 |" in text
     assert "97.5% of 200" in text
     assert "| `fp8` | openvino | refused: no such operator |" in text
+    short = formats_page.readme(
+        "before <!-- formats: python -m intaglio.bench.formats_page --> old <!-- end of formats --> after", tmp_path
+    )
+    assert "| `int8` | openvino | 20.0 | 0.50 | 0.75 | 300 | identical | 0.5000 | 0.5000 | 97.5% |" in short
+    assert short.startswith("before <!--")
+    assert short.endswith("--> after")
+    assert "old" not in short
     assert "| `int8` | 100.0% | 50.0% | - | 100.0% | 50.0% | - | 1 |" in text
 
 

@@ -151,7 +151,9 @@ def as_coded(weight, stored, smooth):
     """A checkpoint's weight as the codec is given it."""
     linear = stored.binding.transform == "transpose"
     value = weight.reshape(weight.shape[:2]).T if linear else weight
-    return np.ascontiguousarray(value if smooth is None else value * smooth[:, None])
+    if smooth is None:
+        return np.ascontiguousarray(value)
+    return value * (smooth[:, None] if value.ndim == 2 else smooth[None, :, None, None])
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
