@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
 
 from intaglio.profiles.errors import ProfileError, ToolError
@@ -29,7 +29,7 @@ def from_dict(cls: type[T], data: Any, where: str, *, error: type[ToolError] = P
     """
     if not isinstance(data, Mapping):
         raise error(f"{where}: expected a table, found {data!r}")
-    hints = _hints(cls)
+    hints = _hints(typing.cast("Hashable", cls))
     fields = {f.name: f for f in dataclasses.fields(typing.cast("Any", cls))}
     for key in data:
         if key not in fields:
@@ -91,6 +91,6 @@ def to_dict(value: Any) -> Any:
 
 
 @functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
+def _hints(cls: Hashable) -> dict[str, Any]:
     """Types of a dataclass's fields; resolving their names takes longer than reading a row."""
     return typing.get_type_hints(cls)
