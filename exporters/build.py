@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from intaglio.exporters.checkpoint_index import digest_of, remember, remember_fi
 from intaglio.exporters.component import Component
 from intaglio.exporters.graph_cache import FROM_CACHE
 from intaglio.exporters.lowering import Job, Lowered, lowering
+from intaglio.exporters.memory import compare_limit
 from intaglio.exporters.parity import check_component
 from intaglio.exporters.passes import canonicalize
 from intaglio.exporters.plan import Plan, audit_steps, audited, make_plan
@@ -52,6 +54,7 @@ def build(
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     preview_vae: str | None = None,
+    max_memory: str | None = None,
     accept_fidelity: bool = False,
     force: bool = False,
 ) -> Artifact:
@@ -75,6 +78,7 @@ def build(
         loras=loras,
         embeddings=embeddings,
         preview_vae=preview_vae,
+        max_memory=max_memory,
     )
     target = Path(output)
     with claim(target, force=force) as held, Stages(stage_count(plan)) as stages:
@@ -209,10 +213,12 @@ def build_component(
             recipe = plan.recipe[component.name]
             made = quantize_component(component.name, model, recipe, plan.contract(component.name), calibrated)
         keep_stored_dtype(model)
+        start = time.monotonic()
         try:
             save_component(model, place, stages.note)
         except BadWeight as error:
             raise name_file(plan, component.source, error) from error
+        facts["write_seconds"] = round(time.monotonic() - start, 3)
         write_config(plan.checkpoint.config(component.source), place / "config.json")
         facts["data_bytes"] = (place / DATA).stat().st_size
         if not draft:
@@ -253,7 +259,8 @@ def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[
     for component in plan.components:
         with stages.stage(f"{component.name}: compare with torch"):
             tolerance = plan.contract(component.name).tolerance
-            parity[component.name] = check_component(artifact, component.name, tolerance)
+            limit = compare_limit(plan)
+            parity[component.name] = check_component(artifact, component.name, tolerance, limit)
     return parity
 
 

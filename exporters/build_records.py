@@ -89,11 +89,17 @@ def draft_manifest(
 
 def build_log(stages: Stages, parity: dict[str, dict[str, float]], plan: Plan) -> dict[str, Any]:
     """What goes into ``build.json``: seconds and peak memory per stage, parity figures, remarks."""
+    private = max((s["private_peak_bytes"] or 0 for s in stages.log), default=0) or None
+    remarks = list(plan.remarks)
+    if plan.memory is not None and private is not None and private > plan.memory:
+        remarks.append(f"--max-memory was {plan.memory} bytes, and {private} were held: please report the checkpoint")
     return {
         "stages": stages.log,
         "seconds": round(sum(s["seconds"] for s in stages.log), 2),
+        "max_memory": plan.memory,
+        "private_peak_bytes": private,
         "peak_bytes": max((s["peak_bytes"] or 0 for s in stages.log), default=0) or None,
         "parity_relative_l2": {c: {b: float(f"{e:.3e}") for b, e in rows.items()} for c, rows in parity.items()},
-        "remarks": list(plan.remarks),
+        "remarks": remarks,
         "host": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
     }

@@ -68,6 +68,11 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FOLDER", help="for a single file: a diffusers folder whose configuration fits"
     )
     parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="private memory the build may hold, for example 2GiB; refused if too little",
+    )
+    parser.add_argument(
         "--accept-fidelity",
         action="store_true",
         help="keep an artifact whose pictures miss their thresholds, and record it",
@@ -116,6 +121,7 @@ def run_build(args: argparse.Namespace) -> int:
         loras=args.lora,
         embeddings=args.embedding,
         preview_vae=args.preview_vae,
+        max_memory=args.max_memory,
         accept_fidelity=args.accept_fidelity,
         force=args.force,
     )

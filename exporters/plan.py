@@ -14,6 +14,8 @@ from intaglio.exporters.checkpoint_index import family_options
 from intaglio.exporters.component import Component, FamilyExporter, family_of
 from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
 from intaglio.exporters.lowering import TARGETS, lowering
+from intaglio.exporters.memory import WHOLE, check_memory, weights_of
+from intaglio.exporters.parity import SEGMENTS
 from intaglio.exporters.preview_vae import CONTRACTS, with_preview
 from intaglio.exporters.recipes import (
     calibration_set,
@@ -28,6 +30,7 @@ from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import Contract, Family
 from intaglio.profiles.recipe import ComponentRecipe
 from intaglio.profiles.registry import pick
+from intaglio.profiles.sizes import parse_bytes
 from intaglio.profiles.spec import Range
 from intaglio.quantize.feeds import CalibrationSet
 from intaglio.quantize.formats import check_formats
@@ -52,6 +55,7 @@ class Plan:
     options: Mapping[str, str]
     dtypes: Mapping[str, Mapping[str, str]]
     remarks: tuple[str, ...]
+    memory: int | None = None
 
     def target_options(self, target: str) -> dict[str, str]:
         """The ``--set`` values of one target, without its name."""
@@ -89,6 +93,7 @@ def make_plan(
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     preview_vae: str | None = None,
+    max_memory: str | None = None,
 ) -> Plan:
     """Check a build's inputs.
 
@@ -104,6 +109,7 @@ def make_plan(
         loras: ``PATH[:WEIGHT]`` of LoRAs to fuse, in order.
         embeddings: ``PATH[:TOKEN]`` of textual inversions to add, in order.
         preview_vae: folder of a diffusers AutoencoderTiny to export as a further decoder.
+        max_memory: private memory the build may hold, such as ``2GiB``; refused where a stage cannot keep it.
 
     Raises:
         ToolError: the first thing that cannot work.
@@ -136,11 +142,32 @@ def make_plan(
         options=dict(options or {}),
         dtypes=dtypes,
         remarks=tuple(remarks),
+        memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
     )
     check_options(plan)
+    plan = within_memory(plan)
     for component in components:
         opened.weights(component.source)
     return plan
+
+
+def within_memory(plan: Plan) -> Plan:
+    """The plan as the limit of memory allows it: no certificate of what cannot run whole, calibration in segments.
+
+    Raises:
+        UsageError: a stage cannot keep the limit.
+    """
+    if plan.memory is None:
+        return plan
+    check_memory(plan)
+    remarks, certificate, calibration = plan.remarks, plan.certificate, plan.calibration
+    large = [c.name for c in plan.components if WHOLE * 4 * sum(weights_of(plan, c)) > plan.memory]
+    if large and certificate:
+        certificate = None
+        remarks += (f"no certificate: {', '.join(large)} cannot run whole within --max-memory; give more for one",)
+    if calibration and calibration.memory is None:
+        calibration = dataclasses.replace(calibration, memory=plan.memory // SEGMENTS)
+    return dataclasses.replace(plan, remarks=remarks, certificate=certificate, calibration=calibration)
 
 
 def contracts_of(components: Sequence[Component], profile: Family) -> dict[str, Contract]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from intaglio.runtimes.host_memory import peak_bytes, reset_peak
+from intaglio.runtimes.private_memory import PrivatePeak
 
 
 class Stages:
@@ -28,10 +29,12 @@ class Stages:
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("build", total=total)
         self._name = ""
+        self._private = PrivatePeak()
 
     def __enter__(self) -> Stages:
         """Show the bar."""
         self._progress.start()
+        self._private.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -40,6 +43,7 @@ class Stages:
             self._progress.live.transient = True
             self._progress.console.quiet = not self._progress.console.is_interactive
         self._progress.stop()
+        self._private.stop()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -48,11 +52,14 @@ class Stages:
         self._progress.update(self._task, description=name)
         facts: dict[str, Any] = {}
         resettable = reset_peak()
+        self._private.reset()
         start = time.monotonic()
         yield facts
         row = {"stage": name, "seconds": round(time.monotonic() - start, 3)}
         peak = peak_bytes() if resettable else None
-        self.log.append({**row, "peak_bytes": peak, **facts})
+        self._private.sample()
+        private = {"private_peak_bytes": self._private.private, "file_peak_bytes": self._private.file}
+        self.log.append({**row, "peak_bytes": peak, **private, **facts})
         self._progress.advance(self._task)
 
     def note(self, text: str) -> None:

@@ -1,0 +1,86 @@
+"""``--max-memory``: what each stage of a build will hold for itself, said before it starts.
+
+Private memory counts (anonymous and shared), not pages of mapped files, which the kernel may drop: weights are read
+tensor by tensor. Constants were measured at 1 billion parameters and hold at 12 (`make evidence large`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from intaglio.exporters.component import Component
+from intaglio.profiles.errors import UsageError
+from intaglio.runtimes.host_memory import available_bytes
+
+if TYPE_CHECKING:
+    from intaglio.exporters.plan import Plan
+
+MIB, GIB = 2**20, 2**30
+LIBRARIES = 700 * MIB  # torch, diffusers, transformers, onnx and the traced graph of 57 blocks
+TENSOR = 4.0  # times the largest weight in float32: stored, float32, transposed, what a codec works with
+LAYER = 3.0  # the same while it is compared: decoded codes, torch's copy, the segment's
+ACTIVATIONS = 200 * MIB  # of the comparison's few tokens
+WHOLE = 1.4  # times a component in float32, where it must be run whole
+PLANS = 2.5  # the same, where TensorRT builds its plan
+
+
+def weights_of(plan: Plan, component: Component) -> list[int]:
+    """Number of elements of each parameter of a component, from the headers."""
+    import re
+
+    kept = plan.checkpoint.weights(component.source).renamed(component.rename).items()
+    return [math.prod(p.shape) for name, p in kept if not re.search(component.ignore, name)]
+
+
+def stage_bytes(plan: Plan) -> dict[str, int]:
+    """What each stage is expected to hold, in bytes of private memory; what a stage does in parts is not the whole."""
+    found: dict[str, int] = {}
+    audits = whole_components(plan)
+    for component in plan.components:
+        sizes = weights_of(plan, component)
+        largest, total = 4 * max(sizes, default=0), 4 * sum(sizes)
+        found[f"{component.name}: write"] = LIBRARIES + int(TENSOR * largest)
+        parts = compare_limit(plan)
+        in_parts = parts is not None and total > parts
+        compared = int(LAYER * largest) if in_parts else int(2 * WHOLE * total)
+        found[f"{component.name}: compare with torch"] = LIBRARIES + ACTIVATIONS + compared
+        for what in audits.get(component.name, ()):
+            found[f"{component.name}: {what}"] = LIBRARIES + int(WHOLE * total)
+        if "tensorrt" in plan.targets:
+            found[f"{component.name}: tensorrt"] = LIBRARIES + int(PLANS * total)
+    return found
+
+
+def whole_components(plan: Plan) -> Mapping[str, tuple[str, ...]]:
+    """Components that a stage can only run whole, with the stage's name."""
+    from intaglio.exporters.plan import audited
+
+    return dict.fromkeys(audited(plan), ("audit float16 ranges",))
+
+
+def compare_limit(plan: Plan) -> int | None:
+    """Bytes of float32 weights up to which a component is compared whole; ``None``: any."""
+    if plan.memory is not None:
+        return max(int((plan.memory - LIBRARIES - ACTIVATIONS) / (2 * WHOLE)), 1)
+    available = available_bytes()
+    return None if available is None else int(available / (2 * WHOLE))
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse a limit that some stage cannot keep.
+
+    Raises:
+        UsageError: with the stage, what it takes and the least limit that is enough.
+    """
+    if plan.memory is None:
+        return
+    stages = stage_bytes(plan)
+    stage = max(stages, key=lambda name: stages[name])
+    if stages[stage] > plan.memory:
+        least = math.ceil(stages[stage] / (100 * MIB)) * 100
+        raise UsageError(
+            f"--max-memory {plan.memory / GIB:.2f}GiB is not enough for the stage {stage!r}, which takes about "
+            f"{stages[stage] / GIB:.2f} GiB; give --max-memory {least}MiB or more"
+        )
