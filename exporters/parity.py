@@ -18,7 +18,7 @@ EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, i
 # Targets that run on a CPU, and the backend that runs them. An ahead-of-time TensorRT plan needs its GPU.
 RUNNABLE = {"onnx": "onnxruntime", "openvino": "openvino"}
 IN_PARTS = ("onnxruntime",)  # OpenVINO compiles a whole model; its IR of a large component has the codes of the graph
-SEGMENTS = 4  # of the limit's bytes: codes unfold to float32 while they are multiplied with
+SEGMENTS = 16  # of the limit's bytes: codes unfold to float32 while they are multiplied with
 
 # Rounding of activations is discontinuous: a last bit sends a value on a tie the other way, which in the next does
 # so to others. Two engines end as far apart as the format is from float32: on random feeds the embedded UNet in

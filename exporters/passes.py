@@ -15,6 +15,7 @@ from onnx_ir.passes import InPlacePass, PassResult, Sequential, common
 
 from intaglio.quantize.layers import PARAMETER
 from intaglio.quantize.rewrite import TRANSFORM
+from intaglio.quantize.transpose import transposed_copy
 
 FOLD_LIMIT_BYTES = 4096
 
@@ -177,7 +178,7 @@ def transposed(model: ir.Model, value: ir.Value) -> ir.Value:
     source = value.const_value
 
     def read() -> ir.Tensor:
-        return ir.tensor(np.ascontiguousarray(source.numpy().T))
+        return ir.tensor(transposed_copy(source.numpy()))
 
     shape = ir.Shape(tuple(int(d) for d in reversed(list(source.shape))))
     tensor = ir.LazyTensor(read, dtype=source.dtype, shape=shape, cache=False, name=name)

@@ -15,7 +15,6 @@ from intaglio.exporters.component import Component, FamilyExporter, family_of
 from intaglio.exporters.dtypes import compute_dtypes, parse_dtypes
 from intaglio.exporters.lowering import TARGETS, lowering
 from intaglio.exporters.memory import WHOLE, check_memory, weights_of
-from intaglio.exporters.parity import SEGMENTS
 from intaglio.exporters.preview_vae import CONTRACTS, with_preview
 from intaglio.exporters.recipes import (
     calibration_set,
@@ -36,6 +35,7 @@ from intaglio.quantize.feeds import CalibrationSet
 from intaglio.quantize.formats import check_formats
 
 AUDIT_STEPS = "audit.steps"
+CALIBRATION_SHARE = 4  # of --max-memory, for the weights of a segment: they unfold to float32
 RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 
 
@@ -166,7 +166,7 @@ def within_memory(plan: Plan) -> Plan:
         certificate = None
         remarks += (f"no certificate: {', '.join(large)} cannot run whole within --max-memory; give more for one",)
     if calibration and calibration.memory is None:
-        calibration = dataclasses.replace(calibration, memory=plan.memory // SEGMENTS)
+        calibration = dataclasses.replace(calibration, memory=plan.memory // CALIBRATION_SHARE)
     return dataclasses.replace(plan, remarks=remarks, certificate=certificate, calibration=calibration)
 
 

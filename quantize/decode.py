@@ -13,6 +13,7 @@ from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import WeightBinding
 from intaglio.quantize.formats import FORMATS, codec
 from intaglio.quantize.rewrite import along_inputs
+from intaglio.quantize.transpose import transposed_copy
 
 GRAPH = "model.onnx"
 
@@ -116,7 +117,7 @@ def checkpoint_layout(weight: StoredWeight) -> np.ndarray:
     value = weight.decode()
     if weight.smooth is not None:
         value = value * along_inputs(weight.smooth, value.ndim)
-    return np.ascontiguousarray(value.T) if weight.binding.transform == "transpose" else value
+    return transposed_copy(value) if weight.binding.transform == "transpose" else value
 
 
 def codes_digest(artifact: Artifact, component: str) -> str:
