@@ -14,13 +14,14 @@ from intaglio.exporters.repeat import NotRepeatable, Run, compare, find_runs, sh
 
 # Family's case, component, configuration with enough blocks to repeat, and how many of them are traced.
 CASES = {
+    "flux single": ("flux dev", "transformer", {"num_layers": 1, "num_single_layers": 5}, 5),
     "flux": ("flux dev", "transformer", {"num_layers": 6, "num_single_layers": 5}, 8),
     "t5": ("flux dev", "text_encoder_2", {"num_layers": 7}, 5),
     "sd3": ("sd3", "transformer", {"num_layers": 6, "dual_attention_layers": [0, 1, 2, 3, 4]}, 5),
     "flux2": ("flux2-klein", "transformer", {"num_layers": 5, "num_single_layers": 6}, 8),
     "qwen_image": ("qwen_image", "transformer", {"num_layers": 6}, 4),
 }
-FIRST = ("flux", "t5", "sd3")
+FIRST = ("flux single", "t5")
 
 
 @pytest.fixture(scope="module")
