@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
 LIMIT_BYTES = 512 << 20  # of all graphs; the ones unused for longest go first
 DIGEST = 64  # hexadecimal digits in front of the graph's bytes
+HIDDEN = ("_modules", "_parameters", "_buffers")  # of a module: they have rows of their own
 FROM_CACHE = "from_cache"  # in a model's `meta`: whether it was not traced
 
 
@@ -95,7 +96,8 @@ def tools() -> tuple[str, ...]:
 
 
 def described(value: Any, depth: int = 4) -> Any:
-    """A value as plain data: numbers and strings as they are, objects by class and attributes, functions by name.
+    """A value as plain data: numbers and strings as they are, objects by class and attributes, functions by name and
+    what they closed over.
 
     Modules, parameters and buffers inside a module are left to their own rows.
     """
@@ -112,11 +114,30 @@ def described(value: Any, depth: int = 4) -> Any:
         return sorted(parts, key=str) if isinstance(value, set | frozenset) else parts
     kind = value if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")) else type(value)
     name = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"
-    if kind is value or not depth or not hasattr(value, "__dict__"):
+    if not depth:
         return name
-    hidden = ("_modules", "_parameters", "_buffers") if isinstance(value, torch.nn.Module) else ()
-    rows = {k: v for k, v in vars(value).items() if k not in hidden and not isinstance(v, torch.nn.Module)}
-    return [name, {k: described(v, depth - 1) for k, v in rows.items()}]
+    if kind is value:
+        return [name, closed_over(value, depth)]
+    rows = vars(value) if hasattr(value, "__dict__") else {}
+    if not isinstance(value, torch.nn.Module):
+        return [name, {k: described(v, depth - 1) for k, v in rows.items()}]
+    rows = {k: v for k, v in rows.items() if k not in HIDDEN and not isinstance(v, torch.nn.Module)}
+    return [name, {k: described(v, depth - 1) for k, v in rows.items()}, closed_over(kind.forward, depth)]
+
+
+def closed_over(function: Any, depth: int) -> list[Any]:
+    """What a function took from the function that defined it, such as the layers a wrapper reads; modules by class."""
+    import torch
+
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _filled(cell)]
+    return [type(c).__qualname__ if isinstance(c, torch.nn.Module) else described(c, depth - 1) for c in cells]
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that is not assigned yet
+        return False
 
 
 def _bytes(model: ir.Model, unbound: Iterable[str]) -> bytes:

@@ -46,6 +46,21 @@ def module(width=4, scale=1.0):
     return Scaled()
 
 
+def closed_over(number):
+    """A wrapper as the families define them, whose forward pass reads a variable around it."""
+    import torch
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = module()
+
+        def forward(self, x):
+            return self.model(x) * number
+
+    return Wrapper()
+
+
 def graph(width=4):
     import numpy as np
     import onnx_ir as ir
@@ -132,6 +147,9 @@ def test_the_key_is_that_of_everything_a_trace_depends_on(component, monkeypatch
     keys["an object's attribute"] = graph_key(component, hooked, config, shapes)
     hooked.processor.heads = 3
     keys["that attribute"] = graph_key(component, hooked, config, shapes)
+    keys["what the wrapper closed over"], keys["another value of that"] = (
+        graph_key(component, closed_over(number), config, shapes) for number in (1, 2)
+    )
     assert len(set(keys.values())) == len(keys)
     assert graph_key(component, module(), config, shapes) == keys["as it is"]
     monkeypatch.setattr(graph_cache, "tools", lambda: ("torch 0",))
