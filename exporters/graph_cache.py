@@ -11,8 +11,10 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
 LIMIT_BYTES = 512 << 20  # of all graphs; the ones unused for longest go first
 DIGEST = 64  # hexadecimal digits in front of the graph's bytes
 HIDDEN = ("_modules", "_parameters", "_buffers")  # of a module: they have rows of their own
+NOTES = ("_use_default_values", "_name_or_path")  # in a library's configuration: a set's order, and a place
 FROM_CACHE = "from_cache"  # in a model's `meta`: whether it was not traced
 
 
@@ -69,7 +72,7 @@ def graph_key(
     facts = {
         "component": [component.name, component.prefix, component.transforms],
         "tensors": [to_dict(spec) for spec in (*component.inputs, *component.outputs)],
-        "config": config,
+        "config": described(config),
         "shapes": {axis: to_dict(bounds) for axis, bounds in shapes.items()},
         "modules": [[name, described(part)] for name, part in module.named_modules()],
         "parameters": [[name, tuple(p.shape), str(p.dtype)] for name, p in module.named_parameters()],
@@ -105,10 +108,11 @@ def described(value: Any, depth: int = 4) -> Any:
 
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, torch.Tensor):
-        return None
+    if isinstance(value, torch.Tensor | types.ModuleType | logging.Logger):  # of this process, not of the graph
+        return type(value).__qualname__
     if isinstance(value, Mapping):
-        return {str(k): described(v, depth - 1) for k, v in value.items()} if depth else len(value)
+        rows = {str(k): v for k, v in value.items() if k not in NOTES}
+        return {k: described(v, depth - 1) for k, v in rows.items()} if depth else len(value)
     if isinstance(value, list | tuple | set | frozenset):
         parts = [described(v, depth - 1) for v in value] if depth else [len(value)]
         return sorted(parts, key=str) if isinstance(value, set | frozenset) else parts
@@ -118,7 +122,7 @@ def described(value: Any, depth: int = 4) -> Any:
         return name
     if kind is value:
         return [name, closed_over(value, depth)]
-    rows = vars(value) if hasattr(value, "__dict__") else {}
+    rows = {k: v for k, v in vars(value).items() if k not in NOTES} if hasattr(value, "__dict__") else {}
     if not isinstance(value, torch.nn.Module):
         return [name, {k: described(v, depth - 1) for k, v in rows.items()}]
     rows = {k: v for k, v in rows.items() if k not in HIDDEN and not isinstance(v, torch.nn.Module)}

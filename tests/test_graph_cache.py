@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 from partial import build_only
@@ -154,6 +156,36 @@ def test_the_key_is_that_of_everything_a_trace_depends_on(component, monkeypatch
     assert graph_key(component, module(), config, shapes) == keys["as it is"]
     monkeypatch.setattr(graph_cache, "tools", lambda: ("torch 0",))
     assert graph_key(component, module(), config, shapes) != keys["as it is"]
+
+
+KEY_CODE = """
+import sys
+from pathlib import Path
+from accelerate import init_empty_weights
+from intaglio.exporters.graph_cache import graph_key
+from intaglio.exporters.plan import make_plan
+plan = make_plan(Path(sys.argv[1]))
+for component in plan.components:
+    config = plan.checkpoint.config(component.source)
+    with init_empty_weights(include_buffers=False):
+        module = component.wrap(component.model(config))
+    print(component.name, graph_key(component, module, config, plan.shapes))
+"""
+
+
+def test_a_key_is_the_same_in_another_process(tiny_checkpoint):
+    keys = [
+        subprocess.run(
+            [sys.executable, "-c", KEY_CODE, tiny_checkpoint],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.split()
+        for seed in ("1", "2")
+    ]
+    assert len(keys[0]) == 8
+    assert keys[0] == keys[1]
 
 
 def test_other_weights_have_the_same_key(component):
