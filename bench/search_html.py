@@ -87,7 +87,8 @@ def plot(report: Mapping[str, Any], key: str, label: str, colours: Mapping[str, 
     if limit:
         _, y = at(x0, limit)
         parts.append(f'<line class=budget x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class=budget-text x="{LEFT + 4}" y="{y - 5:.1f}">budget {limit:g} dB</text>')
+        place = f'x="{WIDTH - RIGHT}" y="{y + 15:.1f}" text-anchor="end"'  # few plans are large or fast, and worse
+        parts.append(f"<text class=budget-text {place}>budget {limit:g} dB</text>")
     if key == "bytes":
         line = sorted((r["bytes"] / scale, r["psnr"]) for r in rows if r["size_front"])
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in line))
