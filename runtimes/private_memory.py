@@ -58,6 +58,7 @@ class PrivatePeak:
     private: int | None = None
     file: int | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
 
     def start(self) -> PrivatePeak:
@@ -68,14 +69,16 @@ class PrivatePeak:
 
     def reset(self) -> None:
         """Forget the peaks; what is held now is the first sample."""
-        self.private = self.file = None
+        with self._lock:  # a sample under way would bring back what was held before
+            self.private = self.file = None
         self.sample()
 
     def sample(self) -> None:
         """Look once."""
-        found = held_bytes()
-        if found is not None:
-            self.private, self.file = max(found[0], self.private or 0), max(found[1], self.file or 0)
+        with self._lock:
+            found = held_bytes()
+            if found is not None:
+                self.private, self.file = max(found[0], self.private or 0), max(found[1], self.file or 0)
 
     def stop(self) -> None:
         """End sampling, with a last look."""
