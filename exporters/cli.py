@@ -28,10 +28,22 @@ EXPORT_MODULES = (
 
 def configure_build(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio build``."""
+    configure_inputs(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="ARTIFACT", help="folder to write")
+    parser.add_argument(
+        "--accept-fidelity",
+        action="store_true",
+        help="keep an artifact whose pictures miss their thresholds, and record it",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing artifact")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def configure_inputs(parser: argparse.ArgumentParser) -> None:
+    """Arguments that decide what is built."""
     parser.add_argument(
         "checkpoint", help="a diffusers folder, a .safetensors file, ORG/NAME in HF's cache, or 'emoji'"
     )
-    parser.add_argument("-o", "--output", required=True, metavar="ARTIFACT", help="folder to write")
     parser.add_argument("--target", action="append", default=[], help="onnx (always), openvino, tensorrt; repeatable")
     parser.add_argument(
         "--quant",
@@ -72,13 +84,6 @@ def configure_build(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="private memory the build may hold, for example 2GiB; refused if too little",
     )
-    parser.add_argument(
-        "--accept-fidelity",
-        action="store_true",
-        help="keep an artifact whose pictures miss their thresholds, and record it",
-    )
-    parser.add_argument("--force", action="store_true", help="replace an existing artifact")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def parse_quant(values: list[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from intaglio.profiles.registry import resolve, suggestion
 
 VERBS = {
     "build": ("intaglio.exporters.cli:BUILD", "turn a checkpoint into an artifact"),
+    "plan": ("intaglio.exporters.plan_cli:PLAN", "show what a build would do, take and warn of, building nothing"),
     "convert": ("intaglio.exporters.convert:CONVERT", "turn a pickled checkpoint into safetensors, running none of it"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),

@@ -1,0 +1,101 @@
+"""The verb ``plan``: what a build would do, take and warn of, with nothing built and no weight read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from intaglio.exporters.cli import configure_inputs, parse_quant
+from intaglio.profiles.command import Verb, say
+from intaglio.profiles.family import parse_assignments
+from intaglio.profiles.registry import need
+
+MB = 1e6
+
+
+def configure_plan(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``intaglio plan``: those of ``build`` that decide what is built."""
+    configure_inputs(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plan and print.
+
+    Raises:
+        ToolError: what `build` would refuse.
+    """
+    for module in ("torch", "diffusers", "transformers"):
+        need(module, extra="export")
+    from intaglio.exporters.plan import make_plan
+
+    plan = make_plan(
+        args.checkpoint,
+        targets=args.target,
+        quant=parse_quant(args.quant),
+        recipe=args.profile,
+        dtype=args.dtype,
+        config=args.config,
+        options=parse_assignments(args.set),
+        loras=args.lora,
+        embeddings=args.embedding,
+        preview_vae=args.preview_vae,
+        max_memory=args.max_memory,
+    )
+    facts = described(plan)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for remark in facts["remarks"]:
+        say(f"note: {remark}")
+    print(text_of(facts))
+    return 0
+
+
+def described(plan: Any) -> dict[str, Any]:
+    """The plan as plain data; bytes are of private memory, `stored_bytes` those of the checkpoint's weights."""
+    from intaglio.exporters.memory import stage_bytes, weights_of
+
+    stages = stage_bytes(plan)
+    components = {}
+    for component in plan.components:
+        recipe, name = plan.recipe[component.name], component.name
+        own = {stage.partition(": ")[2]: size for stage, size in stages.items() if stage.partition(": ")[0] == name}
+        components[name] = {
+            "parameters": sum(weights_of(plan, component)),
+            "format": recipe.format,
+            "activations": recipe.activations,
+            "dtypes": {target: plan.dtypes[target][name] for target in plan.targets},
+            "stage_bytes": own,
+        }
+    return {
+        "checkpoint": plan.checkpoint.name,
+        "family": plan.profile.name,
+        "targets": list(plan.targets),
+        "components": components,
+        "peak_bytes": max(stages.values()),
+        "calibration": plan.calibration.to_json() if plan.calibration else None,
+        "certificate": plan.certificate.prompts if plan.certificate else 0,
+        "remarks": list(plan.remarks),
+    }
+
+
+def text_of(facts: dict[str, Any]) -> str:
+    """A few lines for people."""
+    lines = [f"{facts['checkpoint']}: {facts['family']}, targets {', '.join(facts['targets'])}"]
+    for name, row in facts["components"].items():
+        dtypes = ", ".join(f"{target} {dtype}" for target, dtype in row["dtypes"].items())
+        stage = max(row["stage_bytes"], key=lambda key: row["stage_bytes"][key])
+        lines.append(
+            f"  {name:<15} {row['parameters'] / 1e6:>9.1f} M parameters  {row['format']:<8} {dtypes}; "
+            f"about {row['stage_bytes'][stage] / MB:.0f} MB to {stage}"
+        )
+    prompts = facts["certificate"]
+    calibrated = f"{facts['calibration']['prompts']} prompts" if facts["calibration"] else "none"
+    lines.append(f"calibration: {calibrated}; certificate: {f'{prompts} prompts' if prompts else 'none'}")
+    lines.append(f"private memory: about {facts['peak_bytes'] / MB:.0f} MB at most")
+    return "\n".join(lines)
+
+
+PLAN = Verb(configure_plan, run_plan)
