@@ -103,6 +103,22 @@ def parse_quant(values: list[str]) -> dict[str, str]:
     return recipe
 
 
+def inputs_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `configure_inputs` read, as keywords of `make_plan` and `build`."""
+    return {
+        "targets": args.target,
+        "quant": parse_quant(args.quant),
+        "recipe": args.profile,
+        "dtype": args.dtype,
+        "config": args.config,
+        "options": parse_assignments(args.set),
+        "loras": args.lora,
+        "embeddings": args.embedding,
+        "preview_vae": args.preview_vae,
+        "max_memory": args.max_memory,
+    }
+
+
 def run_build(args: argparse.Namespace) -> int:
     """Build and say what was made.
 
@@ -117,16 +133,7 @@ def run_build(args: argparse.Namespace) -> int:
     artifact = build(
         args.checkpoint,
         args.output,
-        targets=args.target,
-        quant=parse_quant(args.quant),
-        recipe=args.profile,
-        dtype=args.dtype,
-        config=args.config,
-        options=parse_assignments(args.set),
-        loras=args.lora,
-        embeddings=args.embedding,
-        preview_vae=args.preview_vae,
-        max_memory=args.max_memory,
+        **inputs_of(args),
         accept_fidelity=args.accept_fidelity,
         force=args.force,
     )

@@ -6,9 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from intaglio.exporters.cli import configure_inputs, parse_quant
+from intaglio.exporters.cli import configure_inputs, inputs_of
 from intaglio.profiles.command import Verb, say
-from intaglio.profiles.family import parse_assignments
 from intaglio.profiles.registry import need
 
 MB = 1e6
@@ -30,19 +29,7 @@ def run_plan(args: argparse.Namespace) -> int:
         need(module, extra="export")
     from intaglio.exporters.plan import make_plan
 
-    plan = make_plan(
-        args.checkpoint,
-        targets=args.target,
-        quant=parse_quant(args.quant),
-        recipe=args.profile,
-        dtype=args.dtype,
-        config=args.config,
-        options=parse_assignments(args.set),
-        loras=args.lora,
-        embeddings=args.embedding,
-        preview_vae=args.preview_vae,
-        max_memory=args.max_memory,
-    )
+    plan = make_plan(args.checkpoint, **inputs_of(args))
     facts = described(plan)
     if args.json:
         print(json.dumps(facts, indent=1))
