@@ -17,7 +17,7 @@ from intaglio.exporters.component import Component
 from intaglio.exporters.graph_cache import FROM_CACHE
 from intaglio.exporters.lowering import Job, Lowered, lowering
 from intaglio.exporters.memory import compare_limit
-from intaglio.exporters.parity import check_component
+from intaglio.exporters.parity import check_component, uncompared
 from intaglio.exporters.passes import canonicalize
 from intaglio.exporters.plan import Plan, audit_steps, audited, make_plan
 from intaglio.exporters.quantization import (
@@ -98,7 +98,7 @@ def build(
         peaks = check_ranges(plan, draft or built, stages)
         certified = certify(plan, built, draft, stages, accept=accept_fidelity)
         log = {**build_log(stages, parity, plan), "float16_peaks": peaks}
-        log["remarks"] += certified.remarks
+        log["remarks"] += [*uncompared(parity, records), *certified.remarks]
         sealed = seal(folder, manifest, log, certified.certificate)
     return Artifact(folder=target, manifest=sealed)
 
@@ -255,11 +255,10 @@ def make_job(plan: Plan, component: Component, place: Path, target: str, stages:
 
 def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:
     """Parity of every component, largest relative L2 error per backend."""
-    parity = {}
+    parity, limit = {}, compare_limit(plan)
     for component in plan.components:
         with stages.stage(f"{component.name}: compare with torch"):
             tolerance = plan.contract(component.name).tolerance
-            limit = compare_limit(plan)
             parity[component.name] = check_component(artifact, component.name, tolerance, limit)
     return parity
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import platform
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intaglio import __version__
 from intaglio.exporters import additions
-from intaglio.exporters.checkpoint import Weights
 from intaglio.exporters.checkpoint_index import digest_of
 from intaglio.exporters.component import Component
+from intaglio.exporters.memory import weights_of
 from intaglio.exporters.plan import Plan
 from intaglio.exporters.stages import Stages
 from intaglio.exporters.store import stored_tensors, weight_bindings
@@ -36,19 +34,13 @@ def record_of(
         source=component.source,
         inputs=component.inputs,
         outputs=component.outputs,
-        parameters=count_parameters(component, plan.checkpoint.weights(component.source)),
+        parameters=sum(weights_of(plan, component)),
         format=plan.recipe[component.name].format,
         targets=plan.targets,
         tensors=stored_tensors(place),
         weights=weight_bindings(model),
         quantization=quantization,
     )
-
-
-def count_parameters(component: Component, weights: Weights) -> int:
-    """Number of weights of this component in the checkpoint."""
-    kept = {n: p for n, p in weights.renamed(component.rename).items() if not re.search(component.ignore, n)}
-    return sum(math.prod(p.shape) for p in kept.values())
 
 
 def draft_manifest(

@@ -127,6 +127,16 @@ def check_component(artifact: Artifact, component: str, tolerance: float, limit:
     return errors
 
 
+def uncompared(parity: Mapping[str, Mapping[str, float]], records: Mapping[str, ComponentRecord]) -> list[str]:
+    """A remark for each component and backend here that was left out of the comparison, being too large for it."""
+    return [
+        f"{name} on {backend} was not compared with torch: it does not fit in memory whole"
+        for name, errors in parity.items()
+        for target, backend in RUNNABLE.items()
+        if target in records[name].targets and installed(backend) and backend not in errors
+    ]
+
+
 def exceeds(record: ComponentRecord, limit: int) -> bool:
     """Whether a component's weights in float32 are more than `limit` bytes."""
     return 4 * record.parameters > limit

@@ -38,6 +38,8 @@ def test_a_limit_changes_how_a_build_works_and_not_what_it_makes(checkpoint, tmp
     assert [log["max_memory"] for log in logs] == [None, 4 * GIB]
     assert set(logs[0]["parity_relative_l2"]["transformer"]) == {"onnxruntime", "openvino"}
     assert set(logs[1]["parity_relative_l2"]["transformer"]) == {"onnxruntime"}
+    remark = "transformer on openvino was not compared with torch: it does not fit in memory whole"
+    assert [remark in log["remarks"] for log in logs] == [False, True]
     for log in logs:
         assert log["private_peak_bytes"] == max(stage["private_peak_bytes"] for stage in log["stages"])
         assert 100 * MIB < log["private_peak_bytes"] < 8 * GIB
