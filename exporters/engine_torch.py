@@ -27,6 +27,9 @@ from intaglio.runtimes.engine import EngineOptions, check_feeds, refuse_leftover
 if TYPE_CHECKING:
     import torch
 
+    from intaglio.exporters.checkpoint import Checkpoint
+    from intaglio.exporters.component import Component
+
 
 class TorchEngine:
     """One component in float32 eager mode, on CPU or CUDA."""
@@ -46,10 +49,7 @@ class TorchEngine:
     @staticmethod
     def _load(artifact: Artifact, name: str, options: EngineOptions) -> torch.nn.Module:
 
-        checkpoint = find_checkpoint(artifact.manifest.provenance, options.checkpoint)
-        exporter, profile = family_of(checkpoint)
-        components = with_preview(exporter.components(checkpoint), checkpoint, profile.name)
-        component = next(c for c in components if c.name == name)
+        checkpoint, component = source_of(artifact, name, options.checkpoint)
         with no_progress_bar():
             model = component.reference(checkpoint)
             checkpoint.inversions.extend_model(component.source, model)
@@ -93,10 +93,23 @@ def put_quantized(module: torch.nn.Module, parameter: str, weight: StoredWeight,
         part = target[:, :, -1] if weight.binding.transform == "last_frame" and target.ndim == 5 else target
         part.copy_(torch.from_numpy(value).reshape(part.shape))
     if weight.activation is not None:
-        layer = module.get_submodule(parameter.rpartition(".")[0])
-        arithmetic = StaticInput(weight, channels_first=target.ndim > 2)
-        layer.register_forward_pre_hook(arithmetic.before)
-        layer.register_forward_hook(arithmetic.after)
+        attach_static_input(module, parameter, weight, target.ndim)
+
+
+def source_of(artifact: Artifact, name: str, place: str) -> tuple[Checkpoint, Component]:
+    """The checkpoint an artifact was built from (at `place`, or where it was last seen), and one of its components."""
+    checkpoint = find_checkpoint(artifact.manifest.provenance, place)
+    exporter, profile = family_of(checkpoint)
+    components = with_preview(exporter.components(checkpoint), checkpoint, profile.name)
+    return checkpoint, next(c for c in components if c.name == name)
+
+
+def attach_static_input(module: torch.nn.Module, parameter: str, weight: StoredWeight, rank: int) -> None:
+    """Quantize the input of the layer that has this parameter of `rank` dimensions."""
+    layer = module.get_submodule(parameter.rpartition(".")[0])
+    arithmetic = StaticInput(weight, channels_first=rank > 2)
+    layer.register_forward_pre_hook(arithmetic.before)
+    layer.register_forward_hook(arithmetic.after)
 
 
 class StaticInput:

@@ -8,15 +8,13 @@ codes where the artifact is quantized.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from intaglio.exporters.capture import match_parameters
-from intaglio.exporters.checkpoint_index import find_checkpoint
-from intaglio.exporters.component import Component, family_of
-from intaglio.exporters.engine_torch import StaticInput, TorchEngine, no_progress_bar
-from intaglio.exporters.preview_vae import with_preview
+from intaglio.exporters.component import Component
+from intaglio.exporters.engine_torch import TorchEngine, attach_static_input, no_progress_bar, source_of
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.quantize.decode import StoredWeights, checkpoint_layout
@@ -48,10 +46,7 @@ def streamed_module(artifact: Artifact, name: str, place: str = "") -> torch.nn.
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
 
-    checkpoint = find_checkpoint(artifact.manifest.provenance, place)
-    exporter, profile = family_of(checkpoint)
-    components = with_preview(exporter.components(checkpoint), checkpoint, profile.name)
-    component = next(c for c in components if c.name == name)
+    checkpoint, component = source_of(artifact, name, place)
     with init_empty_weights(include_buffers=False), no_progress_bar():
         module = component.wrap(component.model(checkpoint.config(component.source)))
     values = Values(module, component, checkpoint.weights(component.source), StoredWeights(artifact, name))
@@ -93,7 +88,4 @@ class Values(Mapping[str, "torch.Tensor"]):
         """Give the layers of static formats the quantization of their inputs."""
         for name, parameter in self.stored.items():
             if self.quantized.record.weights[parameter].activation is not None:
-                layer: Any = module.get_submodule(name.rpartition(".")[0])
-                arithmetic = StaticInput(self.quantized[parameter], channels_first=len(self.shapes[name]) > 2)
-                layer.register_forward_pre_hook(arithmetic.before)
-                layer.register_forward_hook(arithmetic.after)
+                attach_static_input(module, name, self.quantized[parameter], len(self.shapes[name]))
