@@ -18,13 +18,13 @@ from intaglio.exporters.additions import KINDS, found_again
 from intaglio.exporters.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, source_digests
 from intaglio.exporters.component import family_of
 from intaglio.exporters.hub import cached_folder, is_repository
+from intaglio.profiles.cache import cache_folder
 from intaglio.profiles.errors import CheckpointError
 
 
 def index_file() -> Path:
     """``$XDG_CACHE_HOME/intaglio/checkpoints.json``."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "intaglio" / "checkpoints.json"
+    return cache_folder() / "checkpoints.json"
 
 
 def digest_of(sources: Mapping[str, str]) -> str:

@@ -7,13 +7,10 @@ so that a build from the cache is a build without it. A file that is damaged or 
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intaglio.exporters.tools import tools
+from intaglio.profiles.cache import cache_folder
 from intaglio.profiles.spec import Range
 from intaglio.profiles.strict import to_dict
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     from intaglio.exporters.component import Component
 
-TOOLS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
 LIMIT_BYTES = 512 << 20  # of all graphs; the ones unused for longest go first
 DIGEST = 64  # hexadecimal digits in front of the graph's bytes
 HIDDEN = ("_modules", "_parameters", "_buffers")  # of a module: they have rows of their own
@@ -38,10 +36,9 @@ NOTES = ("_use_default_values", "_name_or_path")  # in a library's configuration
 FROM_CACHE = "from_cache"  # in a model's `meta`: whether it was not traced
 
 
-def cache_folder() -> Path:
+def graphs_folder() -> Path:
     """``$XDG_CACHE_HOME/intaglio/graphs``."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "intaglio" / "graphs"
+    return cache_folder() / "graphs"
 
 
 def cached(key: str, unbound: Iterable[str], export: Callable[[], ir.Model]) -> ir.Model:
@@ -54,7 +51,7 @@ def cached(key: str, unbound: Iterable[str], export: Callable[[], ir.Model]) -> 
     """
     import onnx_ir as ir
 
-    path = cache_folder() / key
+    path = graphs_folder() / key
     body = _read(path)
     hit = body is not None
     if body is None:
@@ -86,16 +83,6 @@ def digest_of(array: np.ndarray) -> str:
     """Of values, shape and dtype."""
     facts = f"{array.dtype} {array.shape} ".encode()
     return hashlib.sha256(facts + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-@functools.cache
-def tools() -> tuple[str, ...]:
-    """Versions of what traces, and the digest of this package's exporters."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in TOOLS)
-    return (platform.python_version(), *versions, digest.hexdigest())
 
 
 def described(value: Any, depth: int = 4) -> Any:

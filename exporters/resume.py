@@ -7,13 +7,10 @@ are no part of the artifact.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
-import platform
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +21,7 @@ import numpy as np
 
 from intaglio.exporters import additions
 from intaglio.exporters.quantization import DRAFT, FEEDS, Calibrated
+from intaglio.exporters.tools import tools
 from intaglio.profiles.artifact import sha256
 from intaglio.profiles.errors import ToolError
 from intaglio.profiles.spec import ComponentRecord
@@ -35,11 +33,6 @@ if TYPE_CHECKING:
     from intaglio.exporters.plan import Plan
 
 NOTES, CALIBRATED = "finished", "calibrated.zip"
-ROOMS = ("profiles", "runtimes", "quantize", "exporters")  # whose code decides what a build makes
-PACKAGES = (
-    *("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors"),
-    *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,25 +62,6 @@ def build_key(plan: Plan, sources: Mapping[str, str]) -> str:
         "tools": tools(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def tools() -> tuple[str, ...]:
-    """Versions of what a build calls, and the digest of this package's code and tables."""
-    digest = hashlib.sha256()
-    for room in ROOMS:
-        for path in sorted((Path(__file__).parent.parent / room).iterdir()):
-            if path.suffix in (".py", ".toml", ".txt"):
-                digest.update(f"{room}/{path.name}\0".encode() + path.read_bytes())
-    return (platform.python_version(), *(f"{name} {version(name)}" for name in PACKAGES), digest.hexdigest())
-
-
-def version(package: str) -> str | None:
-    """Of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class Work:

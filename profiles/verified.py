@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from intaglio.profiles.cache import cache_folder
+
 RACY_NS = 2_000_000_000  # a younger file may change again within what its file system's clock can tell apart
 KEPT = 256  # artifacts; the ones recorded longest ago go first
 
 
 def record_file() -> Path:
     """``$XDG_CACHE_HOME/intaglio/verified.json``."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "intaglio" / "verified.json"
+    return cache_folder() / "verified.json"
 
 
 def identity(status: os.stat_result) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from partial import build_only
 
 from intaglio.exporters import graph_cache
-from intaglio.exporters.graph_cache import cache_folder, cached, graph_key
+from intaglio.exporters.graph_cache import cached, graph_key, graphs_folder
 from intaglio.profiles.spec import Range, TensorSpec
 
 BATCH = Range(min=1, opt=2, max=4)
@@ -20,7 +20,7 @@ BATCH = Range(min=1, opt=2, max=4)
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return cache_folder()
+    return graphs_folder()
 
 
 @pytest.fixture
