@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
+import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from intaglio.bench.evidence import ROOT
@@ -113,40 +117,49 @@ def write_checkpoint(folder: Path, scale: Scale) -> Path:
 
 
 def shards(place: Path, config: dict[str, Any]) -> None:
-    """Random weights in bfloat16, as diffusers stores them in several files."""
-    import torch
+    """Random weights in bfloat16, in several files as diffusers stores them, written as they are drawn."""
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
-    from safetensors.torch import save_file
 
     with init_empty_weights():
-        shapes = {n: p.shape for n, p in FluxTransformer2DModel.from_config(config).named_parameters()}
+        shapes = {n: tuple(p.shape) for n, p in FluxTransformer2DModel.from_config(config).named_parameters()}
     rng = np.random.default_rng(0)
-    pool = torch.from_numpy(rng.standard_normal(POOL, np.float32)).mul_(DEVIATION).bfloat16()
-    held: dict[str, Any] = {}
-    files: dict[str, str] = {}
-    total = size = number = 0
-
-    def flush() -> None:
-        nonlocal held, size, number
-        number += 1
-        name = f"diffusion_pytorch_model-{number:05d}.safetensors"
-        save_file(held, place / name)
-        files.update(dict.fromkeys(held, name))
-        held, size = {}, 0
-
+    pool = (DEVIATION * rng.standard_normal(POOL, np.float32)).astype(ml_dtypes.bfloat16)
+    groups: list[list[str]] = [[]]
     for name, shape in shapes.items():
-        count = shape.numel()
-        start = int(rng.integers(POOL))
-        value = pool.roll(-start).repeat(-(-count // POOL))[:count].reshape(shape)
-        held[name] = value.add(1) if "norm_" in name and value.ndim == 1 else value
-        size += 2 * count
-        total += 2 * count
-        if size > SHARD:
-            flush()
-    flush()
+        if sum(2 * math.prod(shapes[n]) for n in groups[-1]) + 2 * math.prod(shape) > SHARD:
+            groups.append([])
+        groups[-1].append(name)
+    files: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = place / f"diffusion_pytorch_model-{number:05d}-of-{len(groups):05d}.safetensors"
+        write_shard(file, {name: shapes[name] for name in names}, pool, rng)
+        files.update(dict.fromkeys(names, file.name))
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_shard(file: Path, shapes: Mapping[str, tuple[int, ...]], pool: np.ndarray, rng: np.random.Generator) -> None:
+    """One safetensors file: the header's length, the header, and each tensor cut from `pool` at a random place."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            left, place = math.prod(shape), int(rng.integers(POOL))
+            if "norm_" in name and len(shape) == 1:  # a norm's scale
+                opened.write((1 + pool[:left].astype(np.float32)).astype(pool.dtype).tobytes())
+                continue
+            while left:
+                part = pool[place : place + left]
+                opened.write(part.tobytes())
+                left, place = left - part.size, 0
 
 
 def child() -> None:

@@ -35,6 +35,7 @@ from intaglio.exporters.store import DATA, GRAPH, keep_stored_dtype, save_compon
 from intaglio.profiles.artifact import Artifact, seal
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.staging import claim
+from intaglio.profiles.trust import remember_engines
 from intaglio.quantize.rewrite import BadWeight
 
 if TYPE_CHECKING:
@@ -92,13 +93,14 @@ def build(
         draft = make_draft(plan, work, sources, stages) if plan.drafted else None
         calibrated = calibrated_once(plan, draft, work, stages) if draft and plan.calibration else {}
         records, engines = build_components(plan, work, stages, draft, calibrated)
+        unrecorded = remember_engines(folder, engines)
         manifest = draft_manifest(plan, records, engines, sources)
         built = Artifact(folder=folder, manifest=manifest)
         parity = check_all(plan, built, stages)
         peaks = check_ranges(plan, draft or built, stages)
         certified = certify(plan, built, draft, stages, accept=accept_fidelity)
         log = {**build_log(stages, parity, plan), "float16_peaks": peaks}
-        log["remarks"] += [*uncompared(parity, records), *certified.remarks]
+        log["remarks"] += [*unrecorded, *uncompared(parity, records), *certified.remarks]
         sealed = seal(folder, manifest, log, certified.certificate)
     return Artifact(folder=target, manifest=sealed)
 

@@ -20,6 +20,7 @@ from intaglio.profiles.errors import CheckpointError, ToolError
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
 from intaglio.quantize.layers import PARAMETER
 from intaglio.quantize.rewrite import TRANSFORM
+from intaglio.quantize.tensors import WeightView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -204,14 +205,11 @@ def transform(component: Component, parameter: str) -> Callable[[np.ndarray], np
     return (lambda tensor: tensor) if name is None else TRANSFORMS[name]
 
 
-def lazy(parameter: Parameter, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray]) -> ir.LazyTensor:
+def lazy(parameter: Parameter, shape: tuple[int, ...], part: Callable[[np.ndarray], np.ndarray]) -> WeightView:
     """A float32 view of (a part of) a checkpoint tensor that is read when it is needed and not kept."""
     import onnx_ir as ir
 
-    def read() -> ir.Tensor:
-        return ir.tensor(np.ascontiguousarray(part(parameter.read()).astype(np.float32).reshape(shape)))
-
-    tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), cache=False)
+    tensor = WeightView(lambda: part(parameter.read()).reshape(shape), dtype=ir.DataType.FLOAT, shape=shape)
     tensor.metadata_props["stored"] = STORED_DTYPES[parameter.dtype]
     return tensor
 

@@ -28,6 +28,7 @@ from intaglio.profiles.errors import Unsupported
 from intaglio.profiles.family import Contract
 from intaglio.profiles.registry import pick
 from intaglio.quantize.layers import PARAMETER
+from intaglio.quantize.tensors import values_of
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # dtypes a checkpoint's weights may be stored in, besides float32
@@ -313,7 +314,7 @@ class _Caster:
             return ir.tensor(self._narrow_array(source.numpy(), name, dtype), name=name)
 
         def read() -> ir.Tensor:
-            return ir.tensor(self._narrow_array(source.numpy(), name, dtype))
+            return ir.tensor(self._narrow_array(values_of(source), name, dtype))
 
         return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(source.shape), cache=False, name=name)
 

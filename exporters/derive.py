@@ -11,7 +11,7 @@ from intaglio.exporters.lowering import Job, lowering
 from intaglio.exporters.quantization import Calibrated, quantization_record, quantize_component
 from intaglio.exporters.recipes import is_quantized
 from intaglio.exporters.store import DATA, GRAPH, save_component, stored_tensors, weight_bindings
-from intaglio.profiles.artifact import Artifact
+from intaglio.profiles.artifact import SIGNATURE, Artifact
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import Contract
 from intaglio.profiles.recipe import ComponentRecipe
@@ -54,9 +54,8 @@ def derive(
         UsageError: `source` is quantized already; a layer pattern matches nothing.
     """
     check_unquantized(source)
-    shutil.copytree(
-        source.folder, folder, ignore=lambda _, names: [n for n in names if n in source.manifest.components]
-    )
+    left = {*source.manifest.components, SIGNATURE}
+    shutil.copytree(source.folder, folder, ignore=lambda _, names: [n for n in names if n in left])
     records: dict[str, ComponentRecord] = {}
     for name, record in source.manifest.components.items():
         recipe = recipes.get(name)

@@ -13,6 +13,7 @@ from intaglio.profiles.registry import installed
 from intaglio.profiles.spec import ComponentRecord, Range, TensorSpec
 from intaglio.quantize.segments import SegmentedEngine
 from intaglio.runtimes.engine import Engine, EngineOptions, load_engine
+from intaglio.runtimes.private_memory import return_freed
 
 EXACT = {"openvino": {"precision": "float32"}}  # the comparison is of graphs, in float32 whatever they will run in
 # Targets that run on a CPU, and the backend that runs them. An ahead-of-time TensorRT plan needs its GPU.
@@ -108,6 +109,7 @@ def check_component(artifact: Artifact, component: str, tolerance: float, limit:
     reference = torch_in_parts(artifact, component) if parts else load_engine("torch", artifact, component)
     wanted = [reference.run(f) for f in feeds]
     reference.close()
+    return_freed()
     errors = {}
     for target, backend in RUNNABLE.items():
         if target not in record.targets or not installed(backend) or (parts and backend not in IN_PARTS):

@@ -15,7 +15,7 @@ from onnx_ir.passes import InPlacePass, PassResult, Sequential, common
 
 from intaglio.quantize.layers import PARAMETER
 from intaglio.quantize.rewrite import TRANSFORM
-from intaglio.quantize.transpose import transposed_copy
+from intaglio.quantize.tensors import WeightView, values_of
 
 FOLD_LIMIT_BYTES = 4096
 
@@ -177,11 +177,8 @@ def transposed(model: ir.Model, value: ir.Value) -> ir.Value:
         return model.graph.initializers[name]
     source = value.const_value
 
-    def read() -> ir.Tensor:
-        return ir.tensor(transposed_copy(source.numpy()))
-
     shape = ir.Shape(tuple(int(d) for d in reversed(list(source.shape))))
-    tensor = ir.LazyTensor(read, dtype=source.dtype, shape=shape, cache=False, name=name)
+    tensor = WeightView(lambda: values_of(source).T, dtype=source.dtype, shape=shape.numpy(), name=name)
     tensor.metadata_props.update(source.metadata_props)
     result = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(source.dtype))
     result.metadata_props.update(value.metadata_props)

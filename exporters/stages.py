@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from intaglio.runtimes.host_memory import peak_bytes, reset_peak
-from intaglio.runtimes.private_memory import PrivatePeak
+from intaglio.runtimes.private_memory import PrivatePeak, return_freed
 
 
 class Stages:
@@ -51,6 +51,7 @@ class Stages:
         self._name = name
         self._progress.update(self._task, description=name)
         facts: dict[str, Any] = {}
+        return_freed()
         resettable = reset_peak()
         self._private.reset()
         start = time.monotonic()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -13,6 +13,7 @@ from intaglio.exporters.passes import is_parameter
 from intaglio.profiles.spec import StoredTensor, WeightBinding
 from intaglio.quantize.layers import PARAMETER
 from intaglio.quantize.rewrite import ACTIVATION, FORMAT, PARTS, SMOOTH, TRANSFORM
+from intaglio.quantize.tensors import WeightView, values_of
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape arithmetic needs them
@@ -28,10 +29,8 @@ def keep_stored_dtype(model: ir.Model) -> None:
             continue
         source, dtype = value.const_value, ir.DataType[stored.upper()]
 
-        def read(source: Any = source, dtype: ir.DataType = dtype) -> ir.Tensor:
-            return ir.tensor(source.numpy().astype(dtype.numpy()))
-
-        tensor = ir.LazyTensor(read, dtype=dtype, shape=source.shape, cache=False, name=value.name)
+        view = functools.partial(values_of, source)
+        tensor = WeightView(view, dtype=dtype, shape=source.shape.numpy(), name=value.name)
         small = ir.Value(
             name=f"{value.name}.{stored}", const_value=tensor, shape=value.shape, type=ir.TensorType(dtype)
         )

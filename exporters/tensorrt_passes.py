@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from intaglio.profiles.errors import Unsupported
 from intaglio.quantize.formats import FORMATS, codec
 from intaglio.quantize.layers import PARAMETER
 from intaglio.quantize.rewrite import DOMAIN, NF4_NODE, register, replace_uses
+from intaglio.quantize.tensors import values_of
 
 # ONNX dtype of codes -> (what users call it, the least compute capability); int8 has no entry: all take it
 LEAST_SM = {"INT4": ("int4", 80), "FLOAT8E4M3FN": ("fp8", 89)}
@@ -99,7 +99,7 @@ def decode_nf4(model: ir.Model) -> int:
         def read(
             pair: Any = pair, roles: list[str] = roles, parts: list[Any] = parts, shape: tuple[int, int] = shape
         ) -> ir.Tensor:
-            tensors = {role: np.asarray(part.numpy()) for role, part in zip(roles, parts, strict=True)}
+            tensors = {role: values_of(part) for role, part in zip(roles, parts, strict=True)}
             return ir.tensor(pair.decode(tensors, shape, 1))
 
         name = f"{node.inputs[0].name}.decoded"

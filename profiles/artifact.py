@@ -18,6 +18,7 @@ from intaglio.profiles.verified import Verified
 T = TypeVar("T")
 Generation = tuple[int, int, int, int]
 SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"  # made of the others, so not listed with them
 BUILD_LOG = "build.json"
 ATTEMPTS = 20  # to read an artifact that is replaced again and again
 
@@ -51,7 +52,7 @@ class Artifact:
         present = {p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if not p.is_dir()}
         for link in sorted(p for p in self.folder.rglob("*") if p.is_symlink()):
             raise ArtifactError(f"{link} is a symbolic link, which no runtime follows; copy the artifact with cp -rL")
-        for name in sorted(present - listed.keys() - {SUMS}):
+        for name in sorted(present - listed.keys() - {SUMS, SIGNATURE}):
             raise ArtifactError(f"{self.folder / name} is not listed in {SUMS}; remove it or build the artifact again")
         for name in sorted(listed.keys() - present):
             raise ArtifactError(f"{self.folder / name} is missing; build the artifact again")
@@ -189,6 +190,7 @@ def seal(
     """
     import dataclasses
 
+    (folder / SIGNATURE).unlink(missing_ok=True)  # of other files than these
     sums = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     apart = {*manifest.engines, *(n for n in sums if n.startswith(f"{CERTIFICATE}/"))}
     files = {n: FileRecord(size=(folder / n).stat().st_size, sha256=d) for n, d in sums.items() if n not in apart}

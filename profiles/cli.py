@@ -1,4 +1,4 @@
-"""The verb ``doctor``."""
+"""The verbs ``doctor`` and ``sign``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
+from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.command import Verb
+from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import installed
 
 PACKAGES = {
@@ -24,6 +27,7 @@ PACKAGES = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx_cu13_bindings": "tensorrt",
     "flip-evaluator": "bench",
+    "model-signing": "sign",
 }
 BACKENDS = {
     "torch": ("torch", "export"),
@@ -78,4 +82,46 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 1 if facts["problems"] else 0
 
 
+def configure_sign(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``intaglio sign``."""
+    parser.add_argument("artifact")
+    parser.add_argument("--private-key", required=True, metavar="PEM", help="elliptic-curve key: P-256, P-384 or P-521")
+    parser.add_argument("--password-file", metavar="FILE", help="its first line is the key's password")
+    parser.add_argument("--force", action="store_true", help="replace a signature that is there")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def read_password(file: str | None) -> bytes | None:
+    """The first line of a file.
+
+    Raises:
+        UsageError: it cannot be read or is empty.
+    """
+    if file is None:
+        return None
+    try:
+        password = Path(file).read_bytes().split(b"\n")[0].removesuffix(b"\r")
+    except OSError as error:
+        raise UsageError(f"--password-file {file} cannot be read ({error.strerror}); name a text file") from error
+    if not password:
+        raise UsageError(f"--password-file {file} has an empty first line; leave the option out for a key without one")
+    return password
+
+
+def run_sign(args: argparse.Namespace) -> int:
+    """Verify every file, then sign.
+
+    Raises:
+        ToolError: see `intaglio.profiles.signing.sign`.
+    """
+    from intaglio.profiles.signing import sign
+
+    password = read_password(args.password_file)
+    artifact = Artifact.open(args.artifact, verify=False)
+    file = sign(artifact, Path(args.private_key), password=password, force=args.force)
+    print(json.dumps({"signature": str(file), "digest": artifact.manifest.digest}, indent=1) if args.json else file)
+    return 0
+
+
+SIGN = Verb(configure_sign, run_sign)
 DOCTOR = Verb(configure_doctor, run_doctor)

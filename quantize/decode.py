@@ -11,9 +11,10 @@ import numpy as np
 
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import WeightBinding
+from intaglio.quantize.arrays import transposed_copy
 from intaglio.quantize.formats import FORMATS, codec
 from intaglio.quantize.rewrite import along_inputs
-from intaglio.quantize.transpose import transposed_copy
+from intaglio.quantize.tensors import values_of
 
 GRAPH = "model.onnx"
 
@@ -78,7 +79,7 @@ def quantized_weights(artifact: Artifact, component: str) -> Iterator[StoredWeig
 
 def _stored(initializers: Any, parameter: str, binding: WeightBinding) -> StoredWeight:
     def read(name: str) -> np.ndarray:
-        array = np.asarray(initializers[name].const_value.numpy())
+        array = values_of(initializers[name].const_value)
         return array.astype(np.int8) if array.dtype.name == "int4" else array
 
     tensors = {"codes": read(binding.initializer), **{role: read(name) for role, name in binding.parts.items()}}

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from intaglio.quantize.arrays import float32
 from intaglio.quantize.int8 import broadcast, channel_peak, row_slices, scale_of
 
 LIMIT = 448  # the largest float8 e4m3fn: 1.75 * 2**8
@@ -48,7 +49,7 @@ class Fp8:
         """
         from ml_dtypes import float8_e4m3fn
 
-        weight = np.asarray(weight, np.float32)
+        weight = float32(weight)
         peak = channel_peak(weight, axis)
         scale = scale_of(peak.max() if self.per_tensor else peak, LIMIT)
         divisor = np.broadcast_to(broadcast(scale, weight.ndim, axis), weight.shape)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from intaglio.quantize.arrays import float32, in_threads
 from intaglio.quantize.int8 import finite, scale_of
 
 LIMIT = 7
 SEARCHES = ("absmax", "mse")
 COARSE = tuple(np.float32(v) for v in (1.0, 0.9, 0.8, 0.7, 0.6))  # 1 first: among equals the unclipped scale wins
 FINE = tuple(np.float32(v) for v in (0.05, 0.025))  # then on both sides of a block's best, twice
-TILE, COLUMNS = 1 << 16, 1024  # weights coded at a time, so that the temporary arrays stay in the cache
+TILE, COLUMNS = 1 << 18, 1024  # weights coded at a time: the temporary arrays stay in the cache, threads are kept busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,16 @@ class Int4:
             ValueError: a NaN or an infinity in the weight, a shape that `layout` refuses, an importance that is not
                 finite and nonnegative of shape [K].
         """
-        weight = np.asarray(weight, np.float32)
+        weight = np.asarray(weight)
         _, grid = self.layout(weight.shape, axis)["scale"]
         rows, columns = weight.shape
         share = _shares(importance, rows, self.block)
         codes, scale = np.empty((rows, columns), np.int8), np.empty(grid, np.float32)
-        for blocks, part in _tiles(grid, self.block):
+
+        def encode(place: tuple[slice, slice]) -> None:
+            blocks, part = place
             lines = slice(blocks.start * self.block, blocks.stop * self.block)
-            tile = weight[lines, part]
+            tile = float32(weight[lines, part])
             tile = tile.reshape(-1, self.block, tile.shape[1])
             step = scale_of(finite(np.abs(tile).max(axis=1)), LIMIT)
             if self.search == "mse":
@@ -84,6 +87,8 @@ class Int4:
             np.clip(np.rint(quotient, out=quotient), -LIMIT, LIMIT, out=quotient)
             codes[lines, part] = quotient.reshape(-1, tile.shape[2])
             scale[blocks, part] = step
+
+        in_threads(encode, _tiles(grid, self.block))
         return {"codes": codes, "scale": scale}
 
     def decode(self, tensors: Mapping[str, np.ndarray], shape: Sequence[int], axis: int) -> np.ndarray:
@@ -133,8 +138,8 @@ def _searched(tile: np.ndarray, step: np.ndarray, share: np.ndarray | None) -> n
     work, codes = np.empty_like(units), np.empty_like(units)
     factor, least = np.ones_like(step), np.full_like(step, np.inf)
 
-    def attempt(shrink: np.ndarray) -> None:
-        np.multiply(units, (1 / shrink)[:, None], out=work)
+    def attempt(shrink: np.ndarray) -> None:  # [blocks, columns], or [] for all
+        np.multiply(units, 1 / (shrink[:, None] if shrink.ndim else shrink), out=work)
         np.rint(work, out=codes)
         np.clip(codes, -LIMIT, LIMIT, out=codes)
         np.subtract(codes, work, out=codes)
@@ -145,11 +150,11 @@ def _searched(tile: np.ndarray, step: np.ndarray, share: np.ndarray | None) -> n
             error = np.multiply(codes, share, out=codes).sum(axis=1)
         error *= shrink * shrink
         better = error < least
-        least[better] = error[better]
-        factor[better] = shrink[better]
+        np.copyto(least, error, where=better)
+        np.copyto(factor, shrink, where=better)
 
     for value in COARSE:
-        attempt(np.full_like(step, value))
+        attempt(np.asarray(value))
     for width in FINE:
         best = factor.copy()
         attempt(best - width)

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from intaglio.quantize.arrays import float32, in_threads
+
 LIMIT = 127
 SLICE = 1 << 18  # weights coded at a time, so that the temporary arrays stay in the cache
 NOT_FINITE = "a weight with NaN or infinity cannot be quantized"
@@ -39,12 +41,17 @@ class Int8:
         Raises:
             ValueError: the weight has a NaN or an infinity.
         """
-        weight = np.asarray(weight, np.float32)
-        scale = scale_of(channel_peak(weight, axis), LIMIT)
-        divisor = np.broadcast_to(broadcast(scale, weight.ndim, axis), weight.shape)
-        codes = np.empty(weight.shape, np.int8)
-        for part in row_slices(weight.shape):
-            codes[part] = np.rint(weight[part] / divisor[part])  # at most 127: the scale is the largest weight / 127
+        weight, axis = np.asarray(weight), axis % weight.ndim
+        codes, scale = np.empty(weight.shape, np.int8), np.empty(weight.shape[axis], np.float32)
+
+        def encode(channels: slice) -> None:
+            place = (*[slice(None)] * axis, channels)
+            part = float32(weight[place])
+            scale[channels] = step = scale_of(channel_peak(part, axis), LIMIT)
+            quotient = np.divide(part, broadcast(step, part.ndim, axis))
+            codes[place] = np.rint(quotient, out=quotient)  # at most 127: the scale is the largest weight / 127
+
+        in_threads(encode, channel_slices(weight.shape, axis))
         return {"codes": codes, "scale": scale}
 
     def decode(self, tensors: Mapping[str, np.ndarray], shape: Sequence[int], axis: int) -> np.ndarray:
@@ -91,6 +98,13 @@ def scale_of(peak: np.ndarray, limit: float) -> np.ndarray:
     scale = np.where(peak > 0, peak / np.float32(limit), 1).astype(np.float32)
     smallest: np.ndarray = np.maximum(scale, np.finfo(np.float32).tiny)
     return smallest
+
+
+def channel_slices(shape: Sequence[int], axis: int) -> Iterator[slice]:
+    """Slices of the output channels of an array of this shape, about SLICE elements each."""
+    step = max(1, SLICE * shape[axis] // max(1, int(np.prod(shape))))
+    for start in range(0, shape[axis], step):
+        yield slice(start, start + step)
 
 
 def row_slices(shape: Sequence[int]) -> Iterator[slice]:

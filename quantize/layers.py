@@ -6,7 +6,6 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +14,9 @@ from intaglio.profiles.errors import UsageError
 from intaglio.profiles.recipe import ComponentRecipe
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.profiles.spec import Coverage
+from intaglio.quantize.arrays import float32
 from intaglio.quantize.formats import FORMATS, format_for
+from intaglio.quantize.tensors import values_of
 
 PARAMETER = "intaglio.parameter"  # metadata of a graph value: the checkpoint parameter it came from
 SMALLEST = 4096  # elements; below, scales and nodes cost more than the codes save
@@ -60,9 +61,12 @@ class Layer:
 
     def read(self) -> np.ndarray:
         """The weight in float32; of a pointwise convolution as [K, N]."""
-        tensor: Any = self.source.const_value
-        value = np.asarray(tensor.numpy()).astype(np.float32)
-        return np.ascontiguousarray(value.reshape(value.shape[:2]).T) if self.pointwise else value
+        return float32(self.view())
+
+    def view(self) -> np.ndarray:
+        """The same as it is stored: in any dtype and any order in memory."""
+        value = values_of(self.source.const_value)
+        return value.reshape(value.shape[:2]).T if self.pointwise else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from intaglio.quantize.arrays import float32
 from intaglio.quantize.int8 import finite
 
 # QLoRA, appendix E: float32 values, sorted; the code is the position
@@ -71,11 +72,10 @@ class Nf4:
         Raises:
             ValueError: the weight has a NaN or an infinity.
         """
-        weight = np.asarray(weight, np.float32)
-        moved = np.moveaxis(weight, axis, 0)
+        moved = np.moveaxis(np.asarray(weight), axis, 0)
         codes, peaks = [], []
         for rows in _rows(moved.shape, self.block):
-            code, peak = self._slice(np.ascontiguousarray(moved[rows]).reshape(-1))
+            code, peak = self._slice(float32(moved[rows]).reshape(-1))
             codes.append(code)
             peaks.append(peak)
         absmax = np.concatenate(peaks)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from intaglio.profiles.errors import NumericsError
+from intaglio.quantize.arrays import packed_nibbles
 from intaglio.quantize.formats import FORMATS, codec
 from intaglio.quantize.layers import PARAMETER, Choice, Layer, find_layers
 
@@ -92,7 +93,8 @@ class Weight:
         return self.held.pop(role)
 
     def _encode(self) -> dict[str, np.ndarray]:
-        weight, scales = self.layer.read(), self.scales
+        scales = self.scales
+        weight = self.layer.view() if scales.smooth is None and not self.rank else self.layer.read()
         if scales.smooth is not None:
             weight = weight * along_inputs(scales.smooth, weight.ndim)
         pair = codec(self.format, self.method)
@@ -148,8 +150,10 @@ class Rewriter:
         return made
 
     def _lazy(self, name: str, weight: Weight, role: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-        def read() -> ir.Tensor:
+        def read() -> ir.TensorProtocol:
             array = weight.tensor(role)
+            if dtype == ir.DataType.INT4 and array.size % 2 == 0:
+                return ir.PackedTensor(packed_nibbles(array), dtype, shape=ir.Shape(shape), name=name)
             return ir.tensor(np.ascontiguousarray(array).astype(dtype.numpy()).reshape(shape), name=name)
 
         tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)

@@ -208,6 +208,7 @@ def open_session(data: bytes, folder: Path, threads: int = 0) -> Any:
     settings.intra_op_num_threads = threads
     settings.log_severity_level = LOG_ERRORS
     settings.enable_mem_pattern = False
+    settings.enable_cpu_mem_arena = False
     # In the order of the graph: by default what needs no input comes first, which is every weight's Cast.
     settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -1,5 +1,7 @@
 """TensorRT: an ahead-of-time plan on the NVIDIA GPU it was built for.
 
+A plan is native code. It is given to TensorRT only where `intaglio.profiles.trust` vouches for its bytes and where
+compute capability, driver and release are the ones it was built for.
 Which file runs is decided by pure functions (`choose_engine`, `choose_profile`) that need no GPU. Device memory and
 copies go through ``cuda.bindings.runtime`` (package ``cuda-bindings``): no torch, no compiled code of ours.
 """
@@ -15,8 +17,16 @@ import numpy as np
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ArtifactError, MissingDependency, ToolError, Unsupported, UsageError
 from intaglio.profiles.registry import need
+from intaglio.profiles.trust import check_engines, read_engine
 from intaglio.runtimes.engine import EngineOptions, check_feeds, refuse_leftovers
-from intaglio.runtimes.tensorrt_api import EXTRA, capability_of_gpu, installed_apis, load_api, make_logger
+from intaglio.runtimes.tensorrt_api import (
+    EXTRA,
+    capability_of_gpu,
+    check_driver,
+    installed_apis,
+    load_api,
+    make_logger,
+)
 
 FOLDER = "tensorrt"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,23 +38,26 @@ class TensorRtEngine:
 
     Raises:
         MissingDependency: the API that built the plan, or cuda-bindings, is not installed.
-        Unsupported: no NVIDIA GPU, no plan for it, or a plan of another release.
-        ArtifactError: the artifact was built without ``--target tensorrt``.
+        ArtifactError: the artifact was built without ``--target tensorrt``, or nobody vouches for its plans here.
+        Unsupported: no NVIDIA GPU, no plan for it, an old driver, or a plan of another release.
     """
 
     def __init__(self, artifact: Artifact, component: str, options: EngineOptions) -> None:
-        refuse_leftovers("tensorrt", options.settings, ())
+        refuse_leftovers("tensorrt", options.settings, ("public_key",))
         if not installed_apis():
             load_api("tensorrt-rtx")  # raises with the pip line
         index = device_index(options.device)
-        name, facts = choose_engine(artifact.manifest.engines, component, capability_of_gpu(index))
+        plans = plans_of(artifact.manifest.engines, component)
+        digests = check_engines(artifact, plans, options.settings.get("public_key"))
+        name, facts = choose_engine(plans, component, capability_of_gpu(index))
+        check_driver()
         self.trt = load_api(facts["api"])
         check_version(name, facts, self.trt.__version__)
+        plan = read_engine(artifact.folder / name, digests[name])
         self.record = artifact.manifest.components[component]
         self.cuda = Cuda(index)
         self.log = make_logger(self.trt)
         self.runtime: Any = self.trt.Runtime(self.log)
-        plan = (artifact.folder / name).read_bytes()
         self.engine: Any = self.runtime.deserialize_cuda_engine(plan)
         self.context: Any = make_context(self.trt, self.engine) if self.engine is not None else None
         if self.context is None:
@@ -206,25 +219,37 @@ def device_index(device: str) -> int:
     return int(index or 0)
 
 
-def choose_engine(engines: Mapping[str, Mapping[str, Any]], component: str, sm: str) -> tuple[str, Mapping[str, Any]]:
-    """The plan of a component for a compute capability: its path in the artifact and its recorded facts.
+def plans_of(engines: Mapping[str, Mapping[str, Any]], component: str) -> dict[str, Mapping[str, Any]]:
+    """The plans of one component: path in the artifact to recorded facts.
 
     Args:
         engines: ``Manifest.engines``; keys such as ``unet/tensorrt/model.sm89.engine``.
         component: for example ``unet``.
-        sm: the GPU's, such as ``sm89``.
 
     Raises:
-        ArtifactError: the component has no plan at all.
-        Unsupported: none for this GPU, with those that exist and the command that builds it.
+        ArtifactError: it has none.
     """
     own = {n: f for n, f in engines.items() if PurePosixPath(n).parent == PurePosixPath(component, FOLDER)}
     if not own:
         raise ArtifactError(f"{component} has no TensorRT plan; build the artifact with --target tensorrt")
-    for name, facts in own.items():
+    return own
+
+
+def choose_engine(plans: Mapping[str, Mapping[str, Any]], component: str, sm: str) -> tuple[str, Mapping[str, Any]]:
+    """The plan for a compute capability: its path in the artifact and its recorded facts.
+
+    Args:
+        plans: of `plans_of`.
+        component: whose they are.
+        sm: the GPU's, such as ``sm89``.
+
+    Raises:
+        Unsupported: none for this GPU, with those that exist and the command that builds it.
+    """
+    for name, facts in plans.items():
         if facts["sm"] == sm:
             return name, facts
-    have = ", ".join(sorted((str(f["sm"]) for f in own.values()), key=lambda s: (len(s), s)))
+    have = ", ".join(sorted((str(f["sm"]) for f in plans.values()), key=lambda s: (len(s), s)))
     raise Unsupported(
         f"{component} has no TensorRT plan for this GPU's {sm}, only for {have}; "
         f"run: intaglio build CHECKPOINT -o ARTIFACT --target tensorrt --set tensorrt.sm={sm}"

@@ -19,6 +19,9 @@ from intaglio.profiles.registry import installed, need
 APIS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}  # name recorded with an engine -> module
 EXTRA = "tensorrt"
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+# CUDA 13's runtime, which cuda-bindings and TensorRT-RTX's cu13 packages hold, needs a driver of 13.0 or newer
+# (docs.nvidia.com/deploy/cuda-compatibility); its first is Linux 580.65.
+DRIVER_CUDA = 13000
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
 
 
@@ -69,16 +72,42 @@ def make_logger(trt: ModuleType) -> Any:
     return Log()
 
 
+def load_driver() -> ctypes.CDLL:
+    """NVIDIA's driver.
+
+    Raises:
+        Unsupported: there is none.
+    """
+    try:
+        return ctypes.CDLL(DRIVER)
+    except OSError as error:
+        raise Unsupported(f"TensorRT has no NVIDIA GPU here: the driver's {DRIVER} is not found") from error
+
+
+def check_driver() -> None:
+    """The driver knows the CUDA release that TensorRT's packages are made for.
+
+    Raises:
+        Unsupported: there is no driver, or it is older; with both releases.
+    """
+    found = ctypes.c_int(0)
+    status = load_driver().cuDriverGetVersion(ctypes.byref(found))
+    if status:
+        raise Unsupported(f"{DRIVER} returns {status} for its version; install NVIDIA's driver 580 or newer")
+    if found.value < DRIVER_CUDA:
+        have, wanted = (f"{v // 1000}.{v % 1000 // 10}" for v in (found.value, DRIVER_CUDA))
+        raise Unsupported(
+            f"NVIDIA's driver here is for CUDA {have}, TensorRT needs {wanted}; install driver 580 or newer"
+        )
+
+
 def capability_of_gpu(index: int) -> str:
     """Compute capability of GPU `index` as ``sm89``, asked of NVIDIA's driver.
 
     Raises:
         Unsupported: no driver, no GPU, or fewer than `index` + 1.
     """
-    try:
-        driver = ctypes.CDLL(DRIVER)
-    except OSError as error:
-        raise Unsupported(f"TensorRT has no NVIDIA GPU here: the driver's {DRIVER} is not found") from error
+    driver = load_driver()
     count = ctypes.c_int(0)
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status or count.value == 0:

@@ -1,4 +1,4 @@
-"""The verb ``verify``: every file by its digest and, with ``--images``, every backend by the pictures it makes."""
+"""The verb ``verify``: files by their digests, who signed them by a key, every backend by the pictures it makes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from intaglio.profiles.artifact import Artifact
+from intaglio.profiles.artifact import SIGNATURE, Artifact
 from intaglio.profiles.certificate import REFERENCE, Allowed, Certificate, Prompt, read_certificate
 from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import MissingDependency, NumericsError, Unsupported, UsageError
 from intaglio.profiles.registry import pick
+from intaglio.profiles.signing import check_signature
 from intaglio.profiles.strict import to_dict
 
 if TYPE_CHECKING:
@@ -139,9 +141,32 @@ def table(rows: Sequence[Row], certificate: Certificate) -> str:
     return "\n".join([*lines, source or "reference: none ran at the build"])
 
 
+SIGNATURES = {
+    "none": f"signature: none; there is no {SIGNATURE}",
+    "not checked": f"signature: {SIGNATURE}, not checked; add --public-key PEM",
+    "valid": f"signature: {SIGNATURE} is of all these files and of the key {{key}}",
+}
+
+
+def signature(artifact: Artifact, public_key: str | None) -> str:
+    """Which of SIGNATURES is true of an artifact whose files are as recorded.
+
+    Raises:
+        ArtifactError: with a key, the signature is missing or not this key's over these files.
+    """
+    if public_key is None:
+        return "not checked" if (artifact.folder / SIGNATURE).is_file() else "none"
+    check_signature(artifact.folder, Path(public_key))
+    artifact.check_current()
+    return "valid"
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio verify``."""
     parser.add_argument("artifact")
+    parser.add_argument(
+        "--public-key", metavar="PEM", help="check that the owner of this key signed the artifact (intaglio sign)"
+    )
     parser.add_argument(
         "--images", action="store_true", help="make the certificate's pictures again and compare; exit 1 if they differ"
     )
@@ -155,18 +180,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hash every file, then repeat the pictures where asked; exit 1 when one is not what it was.
+    """Hash every file, check the signature and repeat the pictures where asked; exit 1 when one is not what it was.
 
     Raises:
-        ToolError: an altered file, naming it; see `repeat`.
+        ToolError: an altered file, naming it; another's signature or none; see `repeat`.
     """
     if args.backend and not args.images:
         raise UsageError("--backend says where pictures are made; add --images")
     artifact = Artifact.open(args.artifact, verify=False)
     count = artifact.verify()
-    facts = {"artifact": str(artifact.folder), "files": count, "digest": artifact.manifest.digest}
+    state = signature(artifact, args.public_key)
+    facts = {
+        "artifact": str(artifact.folder),
+        "files": count,
+        "digest": artifact.manifest.digest,
+        "signature": state,
+    }
     if not args.json:
         print(f"{artifact.folder}: {count} files as recorded, manifest {artifact.manifest.digest}")
+        print(SIGNATURES[state].format(key=args.public_key))
     rows = repeat(artifact, tuple(dict.fromkeys(args.backend)), say) if args.images else []
     if args.json:
         print(json.dumps({**facts, **({"images": to_dict(rows)} if args.images else {})}, indent=1, ensure_ascii=False))

@@ -28,7 +28,8 @@ def pytest_configure(config):
     # Tiny models gain nothing from threads, and torch reads this when it is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[CACHE] = tempfile.mkdtemp(prefix="intaglio-tests-")
-    os.environ["XDG_CACHE_HOME"] = os.environ[CACHE]  # the index of checkpoints, Hugging Face's caches
+    for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):  # nothing of these tests in the user's own
+        os.environ[name] = os.environ[CACHE]
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

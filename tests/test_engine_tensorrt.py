@@ -8,10 +8,11 @@ import types
 
 import numpy as np
 import pytest
+from signed import RECORD, manifest
 
+from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ArtifactError, MissingDependency, ToolError, Unsupported, UsageError
-from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
-from intaglio.profiles.spec import ComponentRecord, TensorSpec
+from intaglio.profiles.trust import remember_engines
 from intaglio.runtimes import engine_tensorrt, tensorrt_api
 from intaglio.runtimes.engine import EngineOptions, load_engine
 from intaglio.runtimes.engine_tensorrt import (
@@ -20,6 +21,7 @@ from intaglio.runtimes.engine_tensorrt import (
     choose_engine,
     choose_profile,
     device_index,
+    plans_of,
 )
 
 RTX = {"api": "tensorrt-rtx", "version": "1.7.1.116"}
@@ -28,62 +30,42 @@ PLANS = {
     "unet/tensorrt/model.sm89.engine": {"sm": "sm89", **RTX},
     "unet_2/tensorrt/model.sm86.engine": {"sm": "sm86", **RTX},
 }
-RECORD = ComponentRecord(
-    source="unet",
-    inputs=(
-        TensorSpec(name="x", dtype="float32", shape=("batch", 3)),
-        TensorSpec(name="timestep", dtype="float32", shape=("batch",)),
-    ),
-    outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 3)),),
-    parameters=1,
-    format="none",
-    targets=("onnx", "tensorrt"),
-    tensors={},
-    weights={},
-)
+
+
+@pytest.fixture(autouse=True)
+def private_records(tmp_path, monkeypatch):
+    """What this test builds is not remembered beyond it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 def artifact(folder, engines=PLANS):
-    from intaglio.profiles.artifact import Artifact
-
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        family="sd",
-        name="tiny",
-        components={"unet": RECORD},
-        shapes={},
-        settings={},
-        recipe={},
-        contract={},
-        dtypes={},
-        licence=None,
-        provenance={},
-        engines=engines,
-        files={},
-    )
+    """An unsealed artifact whose engines this host built."""
     for name in engines:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"plan")
-    return Artifact(folder=folder, manifest=manifest)
+    assert remember_engines(folder, engines) == []
+    return Artifact(folder=folder, manifest=manifest(engines))
 
 
 def test_the_plan_of_the_gpus_compute_capability_is_chosen():
-    assert choose_engine(PLANS, "unet", "sm89") == (
+    plans = plans_of(PLANS, "unet")
+    assert choose_engine(plans, "unet", "sm89") == (
         "unet/tensorrt/model.sm89.engine",
         PLANS["unet/tensorrt/model.sm89.engine"],
     )
-    assert choose_engine(PLANS, "unet", "sm120")[0] == "unet/tensorrt/model.sm120.engine"
+    assert choose_engine(plans, "unet", "sm120")[0] == "unet/tensorrt/model.sm120.engine"
 
 
 def test_without_a_plan_for_the_gpu_the_line_has_all_one_needs():
     with pytest.raises(Unsupported) as caught:
-        choose_engine(PLANS, "unet", "sm86")
+        choose_engine(plans_of(PLANS, "unet"), "unet", "sm86")
     assert str(caught.value) == (
         "unet has no TensorRT plan for this GPU's sm86, only for sm89, sm120; "
         "run: intaglio build CHECKPOINT -o ARTIFACT --target tensorrt --set tensorrt.sm=sm86"
     )
     with pytest.raises(ArtifactError, match="vae_decoder has no TensorRT plan; build the artifact with --target tens"):
-        choose_engine(PLANS, "vae_decoder", "sm89")
+        plans_of(PLANS, "vae_decoder")
 
 
 @pytest.mark.parametrize(
@@ -138,10 +120,14 @@ def test_no_driver_is_one_line(tmp_path, monkeypatch):
 
 
 class Driver:
-    """libcuda's four calls for GPUs of given compute capabilities."""
+    """libcuda's five calls for GPUs of given compute capabilities."""
 
-    def __init__(self, *capabilities):
-        self.capabilities = capabilities
+    def __init__(self, *capabilities, cuda=13000, status=0):
+        self.capabilities, self.cuda, self.status = capabilities, cuda, status
+
+    def cuDriverGetVersion(self, out):
+        out._obj.value = self.cuda
+        return self.status
 
     def cuInit(self, flags):
         return 0 if self.capabilities else 100
@@ -167,6 +153,25 @@ def test_the_driver_tells_the_compute_capability(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     with pytest.raises(Unsupported, match=r"no NVIDIA GPU here: .* returns 100 and counts 0"):
         tensorrt_api.capability_of_gpu(0)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "words"),
+    [(12080, "for CUDA 12.8, TensorRT needs 13.0; install driver 580 or newer"), (13000, ""), (13010, "")],
+)
+def test_an_old_driver_is_refused_with_both_releases(cuda, words, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver((8, 9), cuda=cuda))
+    if not words:
+        tensorrt_api.check_driver()
+        return
+    with pytest.raises(Unsupported, match=words):
+        tensorrt_api.check_driver()
+
+
+def test_a_driver_that_does_not_tell_its_version_is_refused(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver((8, 9), status=3))
+    with pytest.raises(Unsupported, match="returns 3 for its version"):
+        tensorrt_api.check_driver()
 
 
 class FakeCuda:
@@ -286,6 +291,7 @@ def stand_ins(monkeypatch):
     cuda = FakeCuda()
     monkeypatch.setattr(engine_tensorrt, "installed_apis", lambda: ("tensorrt-rtx",))
     monkeypatch.setattr(engine_tensorrt, "capability_of_gpu", lambda index: "sm89")
+    monkeypatch.setattr(engine_tensorrt, "check_driver", lambda: None)
     monkeypatch.setattr(engine_tensorrt, "load_api", lambda name: FakeTrt())
     monkeypatch.setattr(engine_tensorrt, "need", lambda module, extra: cuda)
     return cuda
@@ -323,6 +329,7 @@ def test_failures_are_one_line_with_the_librarys_reason(tmp_path, stand_ins):
     with pytest.raises(ToolError, match="TensorRT refuses to run: it gives no reason"):
         engine.run(feeds(1))
     (whole.folder / "unet/tensorrt/model.sm89.engine").write_bytes(b"damaged")
+    remember_engines(whole.folder, PLANS)  # a damage that neither list nor record tells
     with pytest.raises(ToolError, match=r"TensorRT cannot load unet/tensorrt/model.sm89.engine: not a plan"):
         load_engine("tensorrt", whole, "unet")
     assert stand_ins.streams == 1  # the first engine's; the one that failed gave its stream back
@@ -350,10 +357,11 @@ def test_a_plan_runs_on_the_gpu_and_is_near_onnxruntime(tmp_path):
     folder = recipes.attention(tmp_path / "unet")
     lowered = LOWERING.lower(recipes.job(folder, recipes.ATTENTION_IN, recipes.ATTENTION_OUT, "int8", sm=sm))
     made = artifact(tmp_path, {})
+    remember_engines(tmp_path, [f"unet/{name}" for name in lowered.engines])
     record = dataclasses.replace(RECORD, inputs=recipes.ATTENTION_IN, outputs=recipes.ATTENTION_OUT)
     engines = {f"unet/{name}": facts for name, facts in lowered.engines.items()}
-    manifest = dataclasses.replace(made.manifest, engines=engines, components={"unet": record})
-    engine = TensorRtEngine(dataclasses.replace(made, manifest=manifest), "unet", EngineOptions(device="cuda:0"))
+    built = dataclasses.replace(made.manifest, engines=engines, components={"unet": record})
+    engine = TensorRtEngine(dataclasses.replace(made, manifest=built), "unet", EngineOptions(device="cuda:0"))
     session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     for batch in (1, 2, 4):
         given = {"x": np.random.default_rng(batch).standard_normal((batch, 16, 80)).astype(np.float32)}

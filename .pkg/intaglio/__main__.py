@@ -30,8 +30,9 @@ VERBS = {
     ),
     "verify": (
         "intaglio.runtimes.verify:VERIFY",
-        "check an artifact: every file by its digest, its pictures by making them",
+        "check an artifact: every file by its digest, its signature, its pictures by making them",
     ),
+    "sign": ("intaglio.profiles.cli:SIGN", "sign an artifact with a key, in OpenSSF's model-signing format"),
     "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
     "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
 }
