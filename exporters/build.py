@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from intaglio.exporters import additions
-from intaglio.exporters.build_records import build_log, draft_manifest, record_of
-from intaglio.exporters.capture import capture
+from intaglio.exporters.build_component import build_component, first_stage, write_component
+from intaglio.exporters.build_records import build_log, draft_manifest
 from intaglio.exporters.certificate import certify
-from intaglio.exporters.checkpoint import Checkpoint, source_digests, write_config
+from intaglio.exporters.checkpoint import Checkpoint, source_digests
 from intaglio.exporters.checkpoint_index import digest_of, remember, remember_files
-from intaglio.exporters.component import Component
-from intaglio.exporters.graph_cache import FROM_CACHE
-from intaglio.exporters.lowering import Job, Lowered, lowering
 from intaglio.exporters.memory import compare_limit
 from intaglio.exporters.parity import check_component, uncompared
-from intaglio.exporters.passes import canonicalize
 from intaglio.exporters.plan import Plan, audit_steps, audited, make_plan
-from intaglio.exporters.quantization import (
-    Calibrated,
-    calibrate,
-    name_file,
-    quantization_record,
-    quantize_component,
-    unquantized,
-)
-from intaglio.exporters.recipes import is_quantized, needs_feeds
+from intaglio.exporters.quantization import Calibrated, calibrate, unquantized
+from intaglio.exporters.recipes import needs_feeds
 from intaglio.exporters.resume import Work, build_key
 from intaglio.exporters.stages import Stages
-from intaglio.exporters.store import DATA, GRAPH, keep_stored_dtype, save_component
 from intaglio.profiles.artifact import Artifact, seal
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.staging import claim
 from intaglio.profiles.trust import remember_engines
-from intaglio.quantize.rewrite import BadWeight
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 def build(
@@ -92,7 +75,7 @@ def build(
         remember_files(additions.files(plan.checkpoint))
         draft = make_draft(plan, work, sources, stages) if plan.drafted else None
         calibrated = calibrated_once(plan, draft, work, stages) if draft and plan.calibration else {}
-        records, engines = build_components(plan, work, stages, draft, calibrated)
+        records, engines = build_components(plan, work, stages, sources, draft, calibrated)
         unrecorded = remember_engines(folder, engines)
         manifest = draft_manifest(plan, records, engines, sources)
         built = Artifact(folder=folder, manifest=manifest)
@@ -133,18 +116,13 @@ def make_draft(plan: Plan, work: Work, sources: dict[str, str], stages: Stages) 
     copy_files(plan, folder)
     for component in plan.components:
         done = work.drafted(component.name)
-        with stages.stage(f"{component.name}: capture") as facts:
-            if done:
-                facts["resumed"] = True
-                records[component.name] = done.record
-                continue
-            model = captured(plan, component)
-            facts["traced"] = not model.meta[FROM_CACHE]
-            keep_stored_dtype(model)
-            save_component(model, folder / component.name, stages.note)
-            write_config(plan.checkpoint.config(component.source), folder / component.name / "config.json")
-            records[component.name] = record_of(plain, component, folder / component.name, model)
-            work.note_drafted(component.name, records[component.name])
+        if done:
+            resumed(stages, first_stage(component.name, None))
+            records[component.name] = done.record
+            continue
+        place = folder / component.name
+        records[component.name] = write_component(plain, component, place, stages, sources)
+        work.note_drafted(component.name, records[component.name])
     return Artifact(folder=folder, manifest=draft_manifest(plain, records, {}, sources))
 
 
@@ -164,16 +142,13 @@ def resumed(stages: Stages, *names: str) -> None:
             facts["resumed"] = True
 
 
-def captured(plan: Plan, component: Component) -> ir.Model:
-    """A component's canonical graph; weights stay in the checkpoint."""
-    weights = plan.checkpoint.weights(component.source)
-    model = capture(component, plan.checkpoint.config(component.source), weights, plan.shapes)
-    canonicalize(model)
-    return model
-
-
 def build_components(
-    plan: Plan, work: Work, stages: Stages, draft: Artifact | None, calibrated: Mapping[str, Calibrated]
+    plan: Plan,
+    work: Work,
+    stages: Stages,
+    sources: Mapping[str, str],
+    draft: Artifact | None,
+    calibrated: Mapping[str, Calibrated],
 ) -> tuple[dict[str, ComponentRecord], dict[str, dict[str, Any]]]:
     """Every component that was not finished before; records by component and engines by path."""
     records, engines = {}, {}
@@ -184,75 +159,11 @@ def build_components(
             records[name] = done.record
             engines.update(done.engines)
             continue
-        made = calibrated.get(name)
-        records[name], lowered = build_component(plan, component, work.content, stages, draft, made)
+        scales = calibrated.get(name)
+        records[name], lowered = build_component(plan, component, work.content, stages, sources, draft, scales)
         engines.update(lowered.engines)
         work.note_built(name, records[name], lowered.engines)
     return records, engines
-
-
-def first_stage(component: str, draft: Artifact | None) -> str:
-    """What the first stage of a component is called: its graph is captured, or taken from the draft."""
-    return f"{component}: {'quantize' if draft else 'capture'}"
-
-
-def build_component(
-    plan: Plan,
-    component: Component,
-    folder: Path,
-    stages: Stages,
-    draft: Artifact | None = None,
-    calibrated: Calibrated | None = None,
-) -> tuple[ComponentRecord, Lowered]:
-    """Capture (or take from the draft), quantize, write and lower one component; its record and engines by path."""
-    import onnx_ir as ir
-
-    place, quantization = folder / component.name, None
-    with stages.stage(first_stage(component.name, draft)) as facts:
-        model = ir.load(draft.component(component.name) / GRAPH) if draft else captured(plan, component)
-        made = None
-        if is_quantized(plan.recipe[component.name]):
-            recipe = plan.recipe[component.name]
-            made = quantize_component(component.name, model, recipe, plan.contract(component.name), calibrated)
-        keep_stored_dtype(model)
-        start = time.monotonic()
-        try:
-            save_component(model, place, stages.note)
-        except BadWeight as error:
-            raise name_file(plan, component.source, error) from error
-        facts["write_seconds"] = round(time.monotonic() - start, 3)
-        write_config(plan.checkpoint.config(component.source), place / "config.json")
-        facts["data_bytes"] = (place / DATA).stat().st_size
-        if not draft:
-            facts["traced"] = not model.meta[FROM_CACHE]
-    if made:
-        quantization = quantization_record(plan.recipe[component.name], made, calibrated)
-    record = record_of(plan, component, place, model, quantization)
-    engines: dict[str, dict[str, Any]] = {}
-    for target in plan.targets:
-        with stages.stage(f"{component.name}: {target}") as facts:
-            lowered = lowering(target).lower(make_job(plan, component, place, target, stages))
-            facts.update(lowered.facts)
-        engines.update({f"{component.name}/{name}": value for name, value in lowered.engines.items()})
-    return record, Lowered(engines=engines)
-
-
-def make_job(plan: Plan, component: Component, place: Path, target: str, stages: Stages) -> Job:
-    """What the lowering of one component is given."""
-    return Job(
-        folder=place,
-        component=component.name,
-        inputs=component.inputs,
-        outputs=component.outputs,
-        shapes=plan.shapes,
-        contract=plan.contract(component.name),
-        dtype=plan.dtypes[target][component.name],
-        format=plan.recipe[component.name].format,
-        packed_bytes=(place / DATA).stat().st_size,
-        options=plan.target_options(target),
-        activations=plan.recipe[component.name].activations,
-        progress=stages.note,
-    )
 
 
 def check_all(plan: Plan, artifact: Artifact, stages: Stages) -> dict[str, dict[str, float]]:

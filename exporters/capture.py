@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +37,24 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def capture(component: Component, config: Mapping[str, Any], weights: Weights, shapes: Mapping[str, Range]) -> ir.Model:
-    """The component's graph at opset 23 with symbolic axes; parameters are initializers that read on demand.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A component that is ready to be traced: its module on the meta device, and what its graph will be bound to.
+
+    Attributes:
+        key: of all its graph may depend on.
+    """
+
+    component: Component
+    module: torch.nn.Module
+    parameters: Mapping[str, Parameter]
+    buffers: Mapping[str, np.ndarray]
+    shapes: Mapping[str, Range]
+    key: str
+
+
+def prepare(component: Component, config: Mapping[str, Any], weights: Weights, shapes: Mapping[str, Range]) -> Prepared:
+    """Build the component's module without weights and match it with the checkpoint's parameters.
 
     Args:
         component: what to build and its tensor facts.
@@ -61,11 +78,22 @@ def capture(component: Component, config: Mapping[str, Any], weights: Weights, s
             raise CheckpointError(f"{place} does not describe a model: {error}") from error
         module = component.wrap(untrained)
     buffers = {name: b.numpy().copy() for name, b in module.named_buffers()}
-    parameters = match_parameters(component, module, weights)
-    key = graph_key(component, module, config, shapes)
-    model = cached(key, (*parameters, *buffers), lambda: export(component, module.to("meta").eval(), shapes))
-    bind(model, component, parameters, buffers)
-    name_axes(model, component)
+    return Prepared(
+        component=component,
+        module=module,
+        parameters=match_parameters(component, module, weights),
+        buffers=buffers,
+        shapes=shapes,
+        key=graph_key(component, module, config, shapes),
+    )
+
+
+def capture(made: Prepared) -> ir.Model:
+    """The component's graph at opset 23 with symbolic axes; parameters are initializers that read on demand."""
+    unbound = (*made.parameters, *made.buffers)
+    model = cached(made.key, unbound, lambda: export(made.component, made.module.to("meta").eval(), made.shapes))
+    bind(model, made.component, made.parameters, made.buffers)
+    name_axes(model, made.component)
     return model
 
 

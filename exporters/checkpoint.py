@@ -19,6 +19,7 @@ from intaglio.exporters.licence import licence_of
 from intaglio.exporters.lora import Loras
 from intaglio.exporters.single_file_layouts import UNQUANTIZED, refuse_quantized
 from intaglio.exporters.textual_inversion import Inversions
+from intaglio.exporters.untrusted import NOT_EXPORTED, read_index
 from intaglio.exporters.weights import PICKLES, read_header, read_metadata, weight_files
 from intaglio.exporters.weights import WEIGHT_FILES as WEIGHT_FILES
 from intaglio.exporters.weights import Parameter as Parameter
@@ -36,7 +37,6 @@ SINGLE_FILES = (".safetensors", ".gguf")  # the second is refused by name
 PREVIEW = "vae_preview"  # the component that is not in the checkpoint's folder
 ROOT_FILES = ("model_index.json", "sampling_defaults.json", "README.md", *LICENCE_FILES)  # beside the parts' folders
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
-NOT_EXPORTED = ("safety_checker", "image_encoder", "feature_extractor")
 EMBEDDED = ("emoji",)  # checkpoints that ship with the package, by name
 LEAVE_OUT = {"text_encoder_3": "; to build without it add --set sd3.t5=false"}  # parts a pipeline can go without
 
@@ -157,7 +157,8 @@ def open_checkpoint(
         options: ``--set`` values; those that begin with ``checkpoint.`` are about a single file.
 
     Raises:
-        CheckpointError: missing, a pickle, not a pipeline; the message says what would be accepted.
+        CheckpointError: missing, a pickle, not a pipeline, or not what `untrusted` lets in; the message says what would
+            be accepted.
         UsageError: an option that does not go with this checkpoint, or one that is needed.
         Unsupported: the weights are quantized already, or it is a kind of model nobody runs here.
     """
@@ -200,7 +201,8 @@ def _open_folder(source: str) -> Checkpoint:
         )
     if not (folder / "model_index.json").exists():
         raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline folder")
-    index = read_json(folder / "model_index.json")
+    # What came with the package was installed with it, perhaps as hard links into a cache of the installer.
+    index = read_json(folder / "model_index.json") if source in EMBEDDED else read_index(folder, ROOT_FILES)
     if "_class_name" not in index:
         raise CheckpointError(f"{folder / 'model_index.json'} has no _class_name")
     return Checkpoint(folder=folder, name=name, index=index)
@@ -222,11 +224,15 @@ def source_digests(checkpoint: Checkpoint) -> dict[str, str]:
     A repository's other files (a single-file copy of the same weights, a second precision, parts that are not
     exported) are not read, and do not count.
     """
-    if checkpoint.single is not None:
-        names = checkpoint.single.sources()
-    else:
-        names = {p.relative_to(checkpoint.folder).as_posix(): p for p in _files_read(checkpoint)}
+    names = source_files(checkpoint)
     return {name: sha256(names[name]) for name in sorted(names)}
+
+
+def source_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Every file the build may read, by the name it has in `source_digests`."""
+    if checkpoint.single is not None:
+        return dict(checkpoint.single.sources())
+    return {p.relative_to(checkpoint.folder).as_posix(): p for p in _files_read(checkpoint)}
 
 
 def _files_read(checkpoint: Checkpoint) -> Iterator[Path]:

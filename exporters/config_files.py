@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.profiles.errors import CheckpointError
+from intaglio.profiles.paths import check_regular
+from intaglio.profiles.strict import parse_json
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; a key it lacks is a CheckpointError too.
 
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: it is missing, no plain file or not a JSON object; see `parse_json`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        check_regular(path, path.stat(), CheckpointError)
+        data = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
     except (OSError, ValueError) as error:

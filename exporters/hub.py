@@ -13,7 +13,7 @@ NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*
 
 def is_repository(text: str) -> bool:
     """Whether a string reads as ``ORG/NAME`` or ``ORG/NAME@REVISION``."""
-    return NAME.fullmatch(text) is not None
+    return NAME.fullmatch(text) is not None and ".." not in text  # a revision is a path in the cache
 
 
 def cached_folder(text: str, file: str = "model_index.json", what: str = "diffusers pipeline") -> Path:

@@ -1,9 +1,11 @@
 """LoRAs fused into a checkpoint's weights at build time: ``W + weight * alpha / rank * up @ down``.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685). A fused parameter is
-computed when it is read, one at a time: in float32, all LoRAs in the order they were given, and then rounded once to
-the dtype that the checkpoint stores it in (float32 stays float32). diffusers' ``fuse_lora`` does the same arithmetic in
-the dtype of the loaded pipeline. `intaglio.exporters.lora_files` reads the files.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685). A DoRA gives every
+output a norm of its own besides: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation"
+(https://arxiv.org/abs/2402.09353), equation 5. A fused parameter is computed when it is read, one at a time: in
+float32, all LoRAs in the order they were given, and then rounded once to the dtype that the checkpoint stores it in
+(float32 stays float32). diffusers' ``fuse_lora`` does the same arithmetic in the dtype of the loaded pipeline.
+`intaglio.exporters.lora_files` reads the files.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Delta:
         mid: LoCon's kernel between them [rank, rank, kH, kW], if there is one.
         scale: the LoRA's weight times alpha over rank.
         piece: which rows of the product are added to which parameter.
+        magnitude: a DoRA's norms, one for each row of the product in whatever shape, if it is one.
     """
 
     up: Parameter
@@ -51,17 +54,44 @@ class Delta:
     mid: Parameter | None
     scale: float
     piece: Piece
+    magnitude: Parameter | None = None
 
     def read(self, shape: tuple[int, ...]) -> np.ndarray:
         """The difference, float32, in the parameter's `shape`."""
         first, last = self.piece.rows
-        up, down = (p.read().astype(np.float32) for p in (self.up, self.down))
+        up, down = (p.read().astype(np.float32, copy=False) for p in (self.up, self.down))
         up, down = up.reshape(len(up), -1)[first:last], down.reshape(len(down), -1)
         if self.mid is not None:
-            kernel = self.mid.read().astype(np.float32)
+            kernel = self.mid.read().astype(np.float32, copy=False)
             down = np.einsum("rskl,si->rikl", kernel, down).reshape(len(kernel), -1)
-        product = (up @ down).reshape(shape) * np.float32(self.scale)
-        return np.concatenate(np.split(product, 2)[::-1]) if self.piece.swapped else product
+        product = (up @ down).reshape(shape)
+        product *= np.float32(self.scale)
+        return self._in_order(product)
+
+    def added_to(self, total: np.ndarray, stored: np.ndarray) -> np.ndarray:
+        """The parameter with this LoRA, float32.
+
+        PEFT takes a DoRA's norms, ``||W + difference||`` of each row, from the weights before any LoRA, and the
+        LoRA's weight counts in the difference alone, not in the magnitude (``peft/tuners/lora/variants.py``).
+
+        Args:
+            total: the parameter with the LoRAs before this one; written to.
+            stored: the parameter without any.
+        """
+        difference = self.read(stored.shape)
+        total += difference
+        if self.magnitude is None:
+            return total
+        first, last = self.piece.rows
+        magnitude = self._in_order(self.magnitude.read().astype(np.float32, copy=False).reshape(-1)[first:last])
+        difference += stored
+        with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros: `FusedParameter.fuse` looks
+            factors = magnitude / np.linalg.norm(difference.reshape(len(difference), -1), axis=1)
+            total *= factors.reshape(-1, *(1,) * (total.ndim - 1))
+        return total
+
+    def _in_order(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate(np.split(rows, 2)[::-1]) if self.piece.swapped else rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +106,27 @@ class FusedParameter(Parameter):
         Raises:
             NumericsError: it has values that this dtype does not.
         """
-        total = stored.astype(np.float32)
-        for delta in self.deltas:
-            total += delta.read(self.shape)
-        with np.errstate(over="ignore"):
-            rounded = total.astype(_numpy_dtype(self.dtype))
-        if not np.isfinite(rounded.astype(np.float32)).all():
+        rounded = self._rounded(stored)
+        if not np.isfinite(rounded.astype(np.float32, copy=False)).all():
             raise NumericsError(f"{self.key} with its LoRAs is not finite in {self.dtype}; give them a smaller weight")
         return rounded
 
     def read(self) -> np.ndarray:
         """See `Parameter.read`."""
         return self.fuse(Parameter.read(self))
+
+    def changes(self) -> bool:
+        """Whether any value is another one than without the LoRAs, in the checkpoint's dtype."""
+        stored = Parameter.read(self)
+        return not np.array_equal(self._rounded(stored), stored)
+
+    def _rounded(self, stored: np.ndarray) -> np.ndarray:
+        original = stored.astype(np.float32)
+        total = original.copy() if any(d.magnitude is not None for d in self.deltas) else original
+        for delta in self.deltas:
+            total = delta.added_to(total, original)
+        with np.errstate(over="ignore"):
+            return total.astype(_numpy_dtype(self.dtype), copy=False)
 
 
 def _numpy_dtype(name: str) -> Any:
@@ -119,15 +158,15 @@ def apply_loras(weights: Weights, deltas: Deltas) -> Weights:
     """The same parameters, those that `deltas` names fused when they are read."""
     if not deltas:
         return weights
-    entries = dict(weights)
-    for name, added in deltas.items():
-        p = entries[name]
-        entries[name] = FusedParameter(
-            file=p.file, key=p.key, dtype=p.dtype, shape=p.shape, view=p.view, deltas=tuple(added)
-        )
+    entries = {**weights, **{name: fused_parameter(weights[name], added) for name, added in deltas.items()}}
     fused = Weights.of(weights.files[0], entries)
     fused.files = weights.files
     return fused
+
+
+def fused_parameter(p: Parameter, deltas: tuple[Delta, ...]) -> FusedParameter:
+    """`p` with `deltas` added to it whenever it is read."""
+    return FusedParameter(file=p.file, key=p.key, dtype=p.dtype, shape=p.shape, view=p.view, deltas=deltas)
 
 
 def fuse_module(module: torch.nn.Module, component: Component, weights: Weights) -> None:

@@ -21,6 +21,7 @@ ROLES = {
     "up": r"\.lora_up\.weight$|\.lora_B(\.[^.]+)?\.weight$|(\.lora_linear_layer|\.lora|_lora)?\.up\.weight$",
     "mid": r"\.lora_mid\.weight$",
     "alpha": r"(\.lora_linear_layer|\.lora|_lora)?\.alpha$",
+    "magnitude": r"\.lora_magnitude_vector(\.[^.]+)*$",
 }
 
 DENOISERS = ("unet", "transformer")
@@ -54,6 +55,7 @@ OLD_ATTENTION = (
     (r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj"),
     (r"\.self_attn\.to_out$", ".self_attn.out_proj"),
     (r"\.to_out$", ".to_out.0"),
+    (r"^sformer_blocks\.", "transformer_blocks."),  # of exports that cut a prefix of four letters off FLUX.2's names
 )
 
 IMAGE_QKV = tuple("transformer_blocks.{n}.attn." + name for name in ("to_q", "to_k", "to_v"))

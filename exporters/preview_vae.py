@@ -20,6 +20,7 @@ from intaglio.exporters.config_files import read_json
 from intaglio.exporters.hub import cached_folder, is_repository
 from intaglio.exporters.licence import licence_of
 from intaglio.exporters.parts import pretrained, spec, untrained, vae_scale_factor
+from intaglio.exporters.untrusted import check_part
 from intaglio.exporters.weights import PICKLES, Weights, weight_files
 from intaglio.profiles.artifact import sha256
 from intaglio.profiles.errors import CheckpointError, UsageError
@@ -74,7 +75,7 @@ def open_preview_vae(source: str) -> PreviewVae:
 
     Raises:
         UsageError: it is a file.
-        CheckpointError: it is missing, incomplete, a pickle, or a model of another class.
+        CheckpointError: it is missing, incomplete, a pickle, a model of another class, or not what `untrusted` lets in.
     """
     folder, name = Path(source), Path(source).resolve().name
     if folder.suffix in PICKLES and folder.is_file():
@@ -90,6 +91,7 @@ def open_preview_vae(source: str) -> PreviewVae:
         folder, name = cached_folder(source, "config.json", CLASS), source.partition("@")[0]
     if (folder / "model_index.json").exists():
         raise CheckpointError(f"--preview-vae {folder} is a pipeline; give the folder of a diffusers {CLASS} alone")
+    check_part(folder)
     kind = read_json(folder / "config.json")["_class_name"]
     if kind != CLASS:
         raise CheckpointError(f"{folder / 'config.json'} is a {kind}; allowed for --preview-vae: {CLASS}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.exporters.checkpoint import Checkpoint
+from intaglio.exporters.checkpoint import ROOT_FILES, Checkpoint
 from intaglio.exporters.config_files import read_json
 from intaglio.exporters.single_file_config import (
     CONFIGURATION_SUFFIXES,
@@ -37,6 +37,7 @@ from intaglio.exporters.single_file_layouts import (
     stated_prediction,
     unknown_tensors,
 )
+from intaglio.exporters.untrusted import read_index
 from intaglio.exporters.weights import Parameter, Step, Weights, read_header, read_metadata
 from intaglio.profiles.errors import CheckpointError, Unsupported, UsageError
 from intaglio.profiles.registry import suggestion
@@ -93,9 +94,9 @@ def open_single_file(file: Path, *, config: Path | None = None, options: Mapping
     bundled = None if config is not None else choose_configuration(file, layout, asked or stated)
     source = config if config is not None else bundled_folder(bundled or "")
     if not (source / "model_index.json").exists():
-        raise CheckpointError(
-            f"{source} has no model_index.json, so it is not a diffusers folder whose configuration fits"
-        )
+        raise CheckpointError(f"{source} has no model_index.json: it is no diffusers folder whose configuration fits")
+    if config is not None:
+        read_index(source, ROOT_FILES)
     current = read_json(source / SCHEDULER).get("prediction_type", "epsilon")
     if config is not None and asked is None and stated not in (None, current):
         raise CheckpointError(

@@ -8,13 +8,16 @@ token than its ``tokenizer_config.json``). The runtime then needs the ``tokenize
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from intaglio.exporters.config_files import read_json
 from intaglio.profiles.errors import CheckpointError, UsageError
 from intaglio.runtimes.text import MARKER, fill_template
 
@@ -57,7 +60,7 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file that is missing or not JSON, or the package that reads it.
     """
-    _read_json(folder / CONFIG)
+    read_json(folder / CONFIG)
     for row in SOURCES:
         missing = [name for name in row if not (folder / name).exists()]
         if not missing:
@@ -94,7 +97,7 @@ def copy_tokenizer(source: Path, target: Path, *, kind: str | None = None) -> No
         shutil.copyfile(source / VOCABULARY, target / VOCABULARY)
     else:
         backend.save(str(target / VOCABULARY))
-    _write_config(_read_json(source / CONFIG), tokenizer, target / CONFIG)
+    _write_config(read_json(source / CONFIG), tokenizer, target / CONFIG)
 
 
 def load_tokenizer(folder: Path, *, kind: str | None = None) -> Any:
@@ -108,10 +111,25 @@ def load_tokenizer(folder: Path, *, kind: str | None = None) -> Any:
     if kind is None or kind.endswith("Processor"):  # a processor's image half is of no use here, and needs torchvision
         kind = "AutoTokenizer"
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+        with _own_files(folder) as place:
+            return getattr(transformers, kind).from_pretrained(place, local_files_only=True)
     except Exception as error:  # any kind, from JSON errors to those of other packages
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {reason}") from error
+
+
+@contextlib.contextmanager
+def _own_files(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy whose configuration names no files: transformers before 5 opens them wherever they lie."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if not any(key.endswith("_file") for key in MACHINE_SPECIFIC if config.get(key) is not None):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="intaglio-tokenizer-") as scratch:
+        place = Path(shutil.copytree(folder, Path(scratch) / "tokenizer"))
+        kept = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC}
+        (place / CONFIG).write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+        yield place
 
 
 def prompt_template(folder: Path, messages: Sequence[Any], *, placeholder: str = MARKER, **options: Any) -> str:
@@ -133,7 +151,7 @@ def prompt_template(folder: Path, messages: Sequence[Any], *, placeholder: str =
     tokenizer = load_tokenizer(folder)
     own = folder / "chat_template.json"  # of older processors; their chat_template.jinja is the tokenizer's as well
     if own.exists() and not (folder / "chat_template.jinja").exists():
-        tokenizer.chat_template = _read_json(own)["chat_template"]
+        tokenizer.chat_template = read_json(own)["chat_template"]
 
     def render(prompt: str) -> str:
         try:
@@ -182,16 +200,6 @@ def _write_config(config: dict[str, Any], tokenizer: Any, file: Path) -> None:
     kept |= resolved
     text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); the checkpoint is damaged") from error
-    return data
 
 
 def _installed(package: str) -> bool:

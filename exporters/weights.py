@@ -12,7 +12,9 @@ from typing import Literal
 import numpy as np
 
 from intaglio.exporters.config_files import read_json
+from intaglio.exporters.mapped_tensors import mapped
 from intaglio.profiles.errors import CheckpointError
+from intaglio.profiles.paths import check_regular, is_inside
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -31,7 +33,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             return (folder / name,)
         found = [folder / f"{name}.index.json", folder / f"{name.replace(f'.{VARIANT}', '')}.index.{VARIANT}.json"]
         for index in (path for path in found if path.exists()):
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = shard_names(index)
             missing = [s for s in shards if not (folder / s).exists()]
             if missing or not shards:
                 raise CheckpointError(
@@ -46,6 +48,22 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
                 f"intaglio convert {path} -o {folder / name}"
             )
     raise CheckpointError(f"{folder / WEIGHT_FILES[0]} is missing; the checkpoint is incomplete")
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards (``*.safetensors.index.json``) names, ascending.
+
+    Raises:
+        CheckpointError: it has no table of names, or one leads out of the index' folder.
+    """
+    table = read_json(index).get("weight_map", {})
+    names = list(table.values()) if isinstance(table, dict) else [table]
+    for name in names:
+        if not is_inside(name):
+            raise CheckpointError(
+                f"{index} names the file {str(name)[:100]!r}, allowed: names of files in its own folder"
+            )
+    return sorted(set(names))
 
 
 class Weights(Mapping[str, "Parameter"]):
@@ -111,12 +129,8 @@ class Parameter:
     view: tuple[Step, ...] = ()
 
     def read(self) -> np.ndarray:
-        """The values in their own dtype (bfloat16 as ``ml_dtypes.bfloat16``)."""
-        import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
-        from safetensors import safe_open
-
-        with safe_open(self.file, framework="numpy") as tensors:
-            value: np.ndarray = tensors.get_tensor(self.key)
+        """The values in their own dtype (bfloat16 as ``ml_dtypes.bfloat16``), read-only pages of the file."""
+        value = mapped(self.file, self.key)
         for step in self.view:
             value = value.T if step == "T" else value[tuple(i if isinstance(i, int) else slice(*i) for i in step)]
         return value
@@ -130,6 +144,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     try:
         facts = file.stat()
+        check_regular(file, facts, CheckpointError)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
     return _header(file, facts.st_mtime_ns, facts.st_size)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from intaglio.profiles.errors import ArtifactError
+from intaglio.profiles.paths import check_tree, is_inside
 from intaglio.profiles.spec import ComponentRecord, Range
-from intaglio.profiles.strict import from_dict, to_dict
+from intaglio.profiles.strict import from_dict, parse_json, to_dict
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+WORD = re.compile(r"\w+")  # of components and dtypes, which are parts of files' names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +61,16 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``manifest.json``.
+    """Read ``manifest.json``, once the folder was seen to have plain files of its own alone.
 
     Raises:
-        ArtifactError: it is missing, not JSON, of another schema version, or has unknown keys.
+        ArtifactError: it is missing, not JSON, of another schema version, has unknown keys or names what is not in the
+            folder; a link, hard link, pipe or device lies there.
     """
     path = folder / MANIFEST
+    check_tree(folder, ArtifactError)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
             f"{folder} is not an artifact: it has no {MANIFEST}; run: intaglio build CHECKPOINT -o {folder}"
@@ -77,4 +82,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{path} has schema version {version}, this intaglio reads {SCHEMA_VERSION}; build it again"
         )
-    return from_dict(Manifest, data, str(path), error=ArtifactError)
+    manifest = from_dict(Manifest, data, str(path), error=ArtifactError)
+    check_names(manifest, path)
+    return manifest
+
+
+def check_names(manifest: Manifest, path: Path) -> None:
+    """Whatever becomes a part of a path is a name of something in the artifact's own folder.
+
+    Raises:
+        ArtifactError: naming the first that is not.
+    """
+    words = [*manifest.components, *(dtype for row in manifest.dtypes.values() for dtype in row.values())]
+    wrong = [name for name in (*manifest.files, *manifest.engines) if not is_inside(name)]
+    wrong += [word for word in words if not WORD.fullmatch(word)]
+    if wrong:
+        raise ArtifactError(
+            f"{path} has the name {wrong[0][:100]!r}, allowed: names of what is in the artifact's folder"
+        )

@@ -1,18 +1,25 @@
-"""Strict reading of plain data (JSON, TOML) into frozen dataclasses: unknown keys and wrong types are errors."""
+"""Strict reading of plain data (JSON, TOML) into frozen dataclasses: unknown keys and wrong types are errors.
+
+JSON that somebody else wrote is read by `parse_json`, which takes nothing that later code would trip over.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 import types
 import typing
-from collections.abc import Hashable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from intaglio.profiles.errors import ProfileError, ToolError
 from intaglio.profiles.registry import suggestion
 
 T = TypeVar("T")
+DEEPEST = 64  # arrays and objects within each other; the deepest configuration of a known checkpoint has 6
+LARGEST = 32 << 20  # bytes; the index of 100,000 shards' tensors has 10 MB
 
 
 def from_dict(cls: type[T], data: Any, where: str, *, error: type[ToolError] = ProfileError) -> T:
@@ -94,3 +101,44 @@ def to_dict(value: Any) -> Any:
 def _hints(cls: Hashable) -> dict[str, Any]:
     """Types of a dataclass's fields; resolving their names takes longer than reading a row."""
     return typing.get_type_hints(cls)
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON as RFC 8259 has it: UTF-8, finite numbers, `DEEPEST` levels and `LARGEST` bytes at most.
+
+    Raises:
+        ValueError: it is something else; the text says what.
+    """
+    if len(data) > LARGEST:
+        raise ValueError(f"it has {len(data)} bytes, allowed: {LARGEST}")
+    deep = f"it is nested deeper than {DEEPEST} levels"
+    try:
+        found = json.loads(data.decode("utf-8"), parse_constant=_refuse_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(deep) from None
+    if any(level > DEEPEST for level, _, _ in members(found)):
+        raise ValueError(deep)
+    return found
+
+
+def members(data: Any) -> Iterator[tuple[int, str | None, Any]]:
+    """Level, key and value of everything inside of JSON data, the data itself first; an array's items have no key."""
+    todo: list[tuple[int, str | None, Any]] = [(0, None, data)]
+    while todo:
+        level, key, value = todo.pop()
+        yield level, key, value
+        if isinstance(value, dict):
+            todo += [(level + 1, k, v) for k, v in value.items()]
+        elif isinstance(value, list):
+            todo += [(level + 1, None, v) for v in value]
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is larger than any float")
+    return value

@@ -30,6 +30,7 @@ def pytest_configure(config):
     os.environ[CACHE] = tempfile.mkdtemp(prefix="intaglio-tests-")
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):  # nothing of these tests in the user's own
         os.environ[name] = os.environ[CACHE]
+    os.environ["INTAGLIO_BUILD_CACHE"] = "0"  # tests of builds are to build; tests/test_build_cache.py has its own
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import tiny
@@ -19,8 +21,9 @@ ALPHA = 2.0
 
 
 @functools.cache
-def folder_of(family, root):
-    return tiny.CHECKPOINTS[family](root / family)
+def folder_of(family):
+    """A family's tiny checkpoint, once a session; tests that change files change a copy."""
+    return tiny.CHECKPOINTS[family](Path(os.environ["INTAGLIO_TEST_CACHE"]) / "lora" / family)
 
 
 @functools.cache
@@ -30,8 +33,8 @@ def pipeline_class(folder):
     return getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
 
 
-def pipeline_of(folder):
-    return pipeline_class(folder).from_pretrained(folder)
+def pipeline_of(folder, **options):
+    return pipeline_class(folder).from_pretrained(folder, **options)
 
 
 def layers_of(model):
@@ -110,141 +113,15 @@ PEFT = (".lora_A.weight", ".lora_B.weight")
 KOHYA = (".lora_down.weight", ".lora_up.weight", ".alpha")
 
 
-def xlabs(layers, name):
-    """XLabs' processors end in ``_lora``, or ``_lora1`` and ``_lora2`` where there are two."""
-    return lora_of(
-        layers, lambda n: name(n) if name(n)[-1] in "12" else name(n) + "_lora", ".down.weight", ".up.weight"
-    )
-
-
-def blocks_alone(prefix):
-    return lambda layer: prefix + layer if "transformer_blocks" in layer else None
-
-
-LAYOUTS = {
-    "sd peft": ("sd", lambda p: lora_of(p["unet"], dotted("unet."), *PEFT)),
-    "sd peft text": (
-        "sd",
-        lambda p: (
-            lora_of(p["unet"], dotted("unet."), *PEFT)
-            | lora_of(p["text_encoder"], dotted("text_encoder."), *PEFT, seed=1)
-        ),
-    ),
-    "sd diffusers": (
-        "sd",
-        lambda p: (
-            lora_of(p["unet"], dotted("unet."), ".lora.down.weight", ".lora.up.weight")
-            | lora_of(
-                p["text_encoder"],
-                dotted("text_encoder.text_model."),
-                ".lora_linear_layer.down.weight",
-                ".lora_linear_layer.up.weight",
-                seed=1,
-            )
-        ),
-    ),
-    "sd attention processors": (
-        "sd",
-        lambda p: (
-            lora_of(p["unet"], attention("unet.", ".processor"), ".down.weight", ".up.weight")
-            | lora_of(
-                p["text_encoder"], attention("text_encoder.text_model.", ""), ".down.weight", ".up.weight", seed=1
-            )
-        ),
-    ),
-    "sd kohya": (
-        "sd",
-        lambda p: (
-            lora_of(p["unet"], flat("lora_unet_"), *KOHYA, steps=1)
-            | lora_of(p["text_encoder"], flat("lora_te_text_model_"), *KOHYA, seed=1, steps=1)
-        ),
-    ),
-    "sdxl kohya": (
-        "sdxl",
-        lambda p: (
-            lora_of(p["unet"], converted_sdxl, *KOHYA, steps=1)
-            | lora_of(p["text_encoder"], flat("lora_te1_text_model_"), *KOHYA, seed=1, steps=1)
-            | lora_of(p["text_encoder_2"], flat("lora_te2_"), *KOHYA, seed=2, steps=1)
-        ),
-    ),
-    "sdxl kohya compvis": ("sdxl", lambda p: lora_of(p["unet"], compvis(p["unet"]), *KOHYA, steps=1)),
-    "sdxl peft": (
-        "sdxl",
-        lambda p: (
-            lora_of(p["unet"], dotted("unet."), *PEFT)
-            | lora_of(p["text_encoder_2"], dotted("text_encoder_2."), *PEFT, seed=2)
-        ),
-    ),
-    "sd3 peft": (
-        "sd3",
-        lambda p: (
-            lora_of(p["transformer"], dotted("transformer."), *PEFT)
-            | lora_of(p["text_encoder"], dotted("text_encoder."), *PEFT, seed=1)
-            | lora_of(p["text_encoder_2"], dotted("text_encoder_2."), *PEFT, seed=2)
-        ),
-    ),
-    "flux peft": ("flux", lambda p: lora_of(p["transformer"], dotted("transformer."), *PEFT)),
-    "flux kohya": (
-        "flux",
-        lambda p: lora_of(*original("lora_unet_", p["transformer"], separator="_", only=converted_flux), *KOHYA),
-    ),
-    "flux xlabs": (
-        "flux",
-        lambda p: xlabs(*original("", p["transformer"], separator=".", only=lambda n: "processor" in n)),
-    ),
-    "flux2 ai-toolkit": (
-        "flux2",
-        lambda p: lora_of(
-            *original("diffusion_model.", p["transformer"], separator=".", only=converted_ai_toolkit), *PEFT
-        ),
-    ),
-    "flux2 base_model": ("flux2", lambda p: lora_of(p["transformer"], blocks_alone("base_model.model."), *PEFT)),
-    "flux2 kohya": (
-        "flux2",
-        lambda p: lora_of(*original("lora_unet_", p["transformer"], separator="_", only=converted_flux2), *KOHYA),
-    ),
-    "qwen lightning": ("qwen_image", lambda p: lora_of(p["transformer"], dotted(""), *KOHYA)),
-    "qwen diffusion_model": ("qwen_image", lambda p: lora_of(p["transformer"], dotted("diffusion_model."), *PEFT)),
-    "qwen alpha": (
-        "qwen_image",
-        lambda p: lora_of(p["transformer"], dotted("diffusion_model."), *PEFT, ".alpha"),
-    ),
-    "qwen kohya": ("qwen_image", lambda p: lora_of(p["transformer"], flat("lora_unet_"), *KOHYA)),
-    "qwen default": (
-        "qwen_image",
-        lambda p: lora_of(p["transformer"], dotted(""), ".lora_A.default.weight", ".lora_B.default.weight"),
-    ),
-}
-
-
-def converted_sdxl(layer):
-    """diffusers takes ``add_embedding`` under CompVis' name alone, and drops the other."""
-    return None if "add_embedding" in layer else flat("lora_unet_")(layer)
-
-
-def converted_flux(name):
-    """What diffusers' converter has right for a FLUX of any width: it has linear1's widths written in it."""
-    return not re.search(r"linear1|processor|final_layer|_in\.|_in$|embedder", name)
-
-
-def converted_flux2(name):
-    return not re.search(r"modulation|guidance_in|embedder", name)
-
-
-def converted_ai_toolkit(name):
-    """diffusers gives FLUX.2's last modulation the original's order of scale and shift."""
-    return not re.search(r"adaLN|embedder", name)
-
-
 @functools.cache
 def parts_of(folder):
     """Layers of every component of a checkpoint."""
     return {n: layers_of(m) for n, m in pipeline_of(folder).components.items() if hasattr(m, "named_modules")}
 
 
-def fused_by_diffusers(folder, files):
-    """Every weight of every component after `load_lora_weights` and `fuse_lora`."""
-    pipe = pipeline_of(folder)
+def fused_by_diffusers(folder, files, **options):
+    """Every weight of every component after `load_lora_weights` and `fuse_lora`, as float32."""
+    pipe = pipeline_of(folder, **options)
     names = [f"lora{i}" for i in range(len(files))]
     for name, (path, _) in zip(names, files, strict=True):
         pipe.load_lora_weights(path, adapter_name=name)
@@ -256,7 +133,7 @@ def fused_by_diffusers(folder, files):
 
 
 def plain(state):
-    return {k.replace(".base_layer", ""): v.numpy() for k, v in state.items() if ".lora_" not in k}
+    return {k.replace(".base_layer", ""): v.float().numpy() for k, v in state.items() if ".lora_" not in k}
 
 
 def loras_of(folder, files):
@@ -265,6 +142,11 @@ def loras_of(folder, files):
     sources = {p.name: checkpoint.weights(p.name) for p in sorted(folder.iterdir()) if any(p.glob("*.safetensors*"))}
     loras = read_loras([parse_lora(f"{path}:{weight}") for path, weight in files], sources)
     return sources, loras
+
+
+def relative(ours, theirs):
+    """L2 of the difference by L2 of theirs."""
+    return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30)
 
 
 def distances(folder, files):
@@ -280,7 +162,7 @@ def distances(folder, files):
             ours = fused.read().astype(np.float32)
             stored = sources[part][name].read().astype(np.float32)
             changed += not np.array_equal(stored, state[today])
-            largest = max(largest, np.linalg.norm(ours - state[today]) / max(np.linalg.norm(state[today]), 1e-30))
+            largest = max(largest, relative(ours, state[today]))
     return largest, changed
 
 

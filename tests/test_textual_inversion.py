@@ -10,7 +10,7 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from intaglio.exporters.capture import capture
+from intaglio.exporters.capture import capture, prepare
 from intaglio.exporters.checkpoint import open_checkpoint
 from intaglio.exporters.component import family_of
 from intaglio.exporters.textual_inversion import parse_embedding, read_embeddings
@@ -138,7 +138,7 @@ def test_capture_takes_the_larger_vocabulary(folder, tmp_path):
     component = next(c for c in exporter.components(checkpoint) if c.name == "text_encoder")
     config = inversions.config("text_encoder", checkpoint.config("text_encoder"))
     weights = inversions.apply("text_encoder", parts["text_encoder"])
-    model = capture(component, config, weights, exporter.shapes(checkpoint, profile))
+    model = capture(prepare(component, config, weights, exporter.shapes(checkpoint, profile)))
     table = next(v for n, v in model.graph.initializers.items() if n.endswith("token_embedding.weight"))
     np.testing.assert_array_equal(table.const_value.numpy()[-4:], vectors(SEVERAL))
 

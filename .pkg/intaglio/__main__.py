@@ -33,6 +33,7 @@ VERBS = {
         "check an artifact: every file by its digest, its signature, its pictures by making them",
     ),
     "sign": ("intaglio.profiles.cli:SIGN", "sign an artifact with a key, in OpenSSF's model-signing format"),
+    "cache": ("intaglio.exporters.cache_cli:CACHE", "list, shrink or check what builds keep to be taken again"),
     "doctor": ("intaglio.profiles.cli:DOCTOR", "show what is installed and what is wrong with it"),
     "demo": ("intaglio.bench.demo:DEMO", "build the embedded model, run it on every backend, write a report"),
 }
