@@ -1,8 +1,8 @@
 """``--max-memory``: what each stage of a build will hold for itself, said before it starts.
 
 Private memory counts (anonymous and shared), not pages of mapped files, which the kernel may drop: weights are read
-tensor by tensor. The constants are estimates: at 1.1 billion parameters in int4 the stage that writes held 919 MiB,
-where they say 1.6 GiB. ``build.json`` has what a build really held, and remarks where that was more than its limit.
+tensor by tensor. The constants are a little above what `make evidence large` measured at 11.9 billion parameters; what
+a build really held is in ``build.json``, with a remark where that was more than its limit.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from intaglio.exporters.component import Component
+from intaglio.exporters.recipes import needs_feeds
 from intaglio.profiles.errors import UsageError
 from intaglio.runtimes.host_memory import available_bytes
 
 if TYPE_CHECKING:
     from intaglio.exporters.plan import Plan
+    from intaglio.profiles.recipe import ComponentRecipe
 
 MIB, GIB = 2**20, 2**30
-LIBRARIES = 700 * MIB  # torch, diffusers, transformers, onnx and the traced graph of 57 blocks
-TENSOR = 4.0  # times the largest weight in float32: stored, float32, transposed, what a codec works with
-LAYER = 3.0  # the same while it is compared: decoded codes, torch's copy, the segment's
+LIBRARIES = 640 * MIB  # torch, diffusers, transformers, onnx and the traced graph of 57 blocks: 480 to 590 measured
+TENSOR = 1.0  # times the largest weight in float32: its codes, and tiles of it; 0.4 measured in int4
+WHOLE_TENSOR = 4.0  # the same where it is smoothed, searched or split as a whole
+LAYER = 4.0  # the same while it is compared: decoded codes, torch's copy, the segment's; 3.9 measured
 ACTIVATIONS = 200 * MIB  # of the comparison's few tokens
 WHOLE = 1.4  # times a component in float32, where it must be run whole
 PLANS = 2.5  # the same, where TensorRT builds its plan
@@ -38,18 +41,27 @@ def weights_of(plan: Plan, component: Component) -> list[int]:
 def stage_bytes(plan: Plan) -> dict[str, int]:
     """What each stage is expected to hold, in bytes of private memory; what a stage does in parts is not the whole."""
     found: dict[str, int] = {}
-    audits, parts = whole_components(plan), compare_limit(plan)
     for component in plan.components:
-        sizes = weights_of(plan, component)
-        largest, total = 4 * max(sizes, default=0), 4 * sum(sizes)
-        found[f"{component.name}: write"] = LIBRARIES + int(TENSOR * largest)
-        in_parts = parts is not None and total > parts
-        compared = int(LAYER * largest) if in_parts else int(2 * WHOLE * total)
-        found[f"{component.name}: compare with torch"] = LIBRARIES + ACTIVATIONS + compared
-        for what in audits.get(component.name, ()):
-            found[f"{component.name}: {what}"] = LIBRARIES + int(WHOLE * total)
-        if "tensorrt" in plan.targets:
-            found[f"{component.name}: tensorrt"] = LIBRARIES + int(PLANS * total)
+        rows = component_bytes(plan, component, plan.recipe[component.name])
+        found.update({f"{component.name}: {stage}": size for stage, size in rows.items()})
+    return found
+
+
+def component_bytes(plan: Plan, component: Component, recipe: ComponentRecipe) -> dict[str, int]:
+    """The same of one component's stages, with this recipe."""
+    sizes, parts = weights_of(plan, component), compare_limit(plan)
+    largest, total = 4 * max(sizes, default=0), 4 * sum(sizes)
+    in_parts = parts is not None and total > parts
+    found = {
+        "write": LIBRARIES + int((WHOLE_TENSOR if recipe.rank or needs_feeds(recipe) else TENSOR) * largest),
+        "compare with torch": LIBRARIES + ACTIVATIONS + (int(LAYER * largest) if in_parts else int(2 * WHOLE * total)),
+    }
+    if "openvino" in plan.targets:  # it maps the graph's data and writes from there: 170 MiB at 11.9 billion parameters
+        found["openvino"] = LIBRARIES
+    if "tensorrt" in plan.targets:
+        found["tensorrt"] = LIBRARIES + int(PLANS * total)
+    for what in whole_components(plan).get(component.name, ()):
+        found[what] = LIBRARIES + int(WHOLE * total)
     return found
 
 
