@@ -40,6 +40,23 @@ FAMILY_SOURCES = (
     *("exporters/parts.py", "exporters/passes.py", "runtimes/loop.py", "runtimes/scheduler_flow_match_euler.py"),
     *("tests/tiny*.py", "tests/cases.py", "tests/families.py"),
 )
+LARGE_SOURCES = (
+    *(
+        "exporters/capture.py",
+        "exporters/repeat.py",
+        "exporters/store.py",
+        "exporters/memory.py",
+        "exporters/streamed.py",
+    ),
+    *("exporters/build_component.py", "exporters/parity.py", "exporters/mapped_tensors.py", "quantize/int4.py"),
+    *(
+        "quantize/int8.py",
+        "quantize/arrays.py",
+        "quantize/tensors.py",
+        "quantize/segments.py",
+        "bench/evidence_large.py",
+    ),
+)
 CHECKS = {
     "emoji": Check(
         run="intaglio.bench.evidence_emoji:measure",
@@ -55,6 +72,16 @@ CHECKS = {
         run="intaglio.bench.evidence_pictures:measure",
         sources=("profiles/emoji/**/*.safetensors", *LOOP, "exporters/passes.py", "quantize/int8.py"),
         about="PSNR against diffusers: every scheduler, two sizes, English and Chinese, each backend and format",
+    ),
+    "large": Check(
+        run="intaglio.bench.evidence_large:measure",
+        sources=LARGE_SOURCES,
+        about="FLUX.1-dev's transformer, 11.9 billion parameters, int4 for ONNX Runtime and OpenVINO in 2 GiB: 40 GB of disk",
+    ),
+    "larger": Check(
+        run="intaglio.bench.evidence_large:measure_larger",
+        sources=LARGE_SOURCES,
+        about="Qwen-Image's transformer, 20 billion parameters, in int4 for ONNX Runtime in 2 GiB: 60 GB of disk",
     ),
     "formats": Check(
         run="intaglio.bench.evidence_formats:measure",
