@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from intaglio.bench.evidence import ROOT
+from intaglio.exporters.build_cache import VARIABLE
 
 SHARD = 4 << 30  # bytes of a file
 POOL = 1 << 24  # normal numbers that all weights are cut from
@@ -129,7 +131,13 @@ def measured(scale: Scale) -> dict[str, Any]:
         checkpoint = write_checkpoint(folder / "checkpoint", scale)
         source = sum(p.stat().st_size for p in (checkpoint / "transformer").glob("*.safetensors"))
         words = [str(checkpoint), str(folder / "artifact"), scale.format, scale.limit, *scale.targets]
-        done = subprocess.run([sys.executable, "-c", CHILD, *words], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=os.environ | {VARIABLE: "0"},
+        )
         log = json.loads(done.stdout.splitlines()[-1])
         (record,) = log.pop("components").values()
         asked = {"model": scale.model, "blocks": blocks_of(scale), "format": scale.format, "limit": scale.limit}
