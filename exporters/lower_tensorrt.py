@@ -19,6 +19,7 @@ from intaglio.exporters.lowering import Job, Lowered
 from intaglio.exporters.store import DATA, GRAPH
 from intaglio.exporters.tensorrt_checks import Prepared, check_size, codes_found, compare, network_facts, probes, sizes
 from intaglio.exporters.tensorrt_passes import check_formats, check_graph, decode_nf4
+from intaglio.exporters.tensorrt_plans import INSIDE, check_kind
 from intaglio.profiles.errors import ToolError, UsageError
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.profiles.spec import Range, TensorSpec, split_axis
@@ -38,23 +39,24 @@ Profile = dict[str, tuple[int, int, int]]
 
 class LowerTensorRt:
     """The ``tensorrt`` target: ``sm`` lists compute capabilities, ``profiles`` is ``batches`` (one for batch 1, one for
-    batch 2, one for all) or ``range`` (one for all: smaller plans).
+    batch 2, one for all) or ``range`` (one for all: smaller plans), ``weights`` a row of `tensorrt_plans.KINDS`.
     """
 
-    options: tuple[str, ...] = ("sm", "profiles")
+    options: tuple[str, ...] = ("sm", "profiles", "weights")
 
     def check(self, options: Mapping[str, str], formats: Collection[str] = ()) -> None:
         """Refuse wrong options or a missing package before anything is built.
 
         Raises:
-            UsageError: an unknown compute capability or choice of profiles.
-            Unsupported: a compute capability has no such weight format.
+            UsageError: an unknown compute capability, choice of profiles or kind of plan.
+            Unsupported: a compute capability has no such weight format, or the builder makes no such plan here.
             MissingDependency: neither API is installed, or not the one a compute capability needs.
         """
         sms = wanted_sms(options)
         check_formats(formats, sms)
         for sm in sms:
             load_api(api_for(sm))
+            check_kind(options.get("weights", INSIDE), api_for(sm), sm)
         pick(PROFILES, options.get("profiles", "batches"), "tensorrt.profiles")
 
     def lower(self, job: Job) -> Lowered:

@@ -29,12 +29,12 @@ NOTE = "_attn_implementation_autoset"  # a boolean that transformers 4.45 to 4.5
 MODEL = r"[A-Z]\w*"
 PARTS: Sequence[tuple[str, tuple[str, ...], str]] = (
     (r"text_encoder(_[23])?", ("transformers",), MODEL),
-    (r"tokenizer(_[23])?", ("transformers",), r"[A-Z]\w*(Tokenizer(Fast)?|Processor)"),
+    (r"tokenizer(_[23])?", ("transformers",), r"[A-Z]\w*(Tokenizer(Fast)?|Processor|Backend)"),
     (r"unet|transformer|vae", ("diffusers",), MODEL),
     (r"scheduler", ("diffusers",), r"[A-Z]\w*Scheduler"),
     (r"safety_checker", ("stable_diffusion", "diffusers"), r"StableDiffusionSafetyChecker"),
     (r"image_encoder", ("transformers",), r"[A-Z]\w*VisionModel(WithProjection)?"),
-    (r"feature_extractor", ("transformers",), r"[A-Z]\w*(ImageProcessor(Fast)?|FeatureExtractor)"),
+    (r"feature_extractor", ("transformers",), r"[A-Z]\w*(ImageProcessor(Fast|Pil)?|FeatureExtractor)"),
 )
 NOT_EXPORTED = ("safety_checker", "image_encoder", "feature_extractor")  # of those nothing is read
 # Words of a language as keys and, in added tokens, anything: not read as configurations.

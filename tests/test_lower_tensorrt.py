@@ -13,6 +13,7 @@ from intaglio.exporters import lower_tensorrt
 from intaglio.exporters.lower_tensorrt import DEFAULT_SMS, LOWERING, RTX_SMS, prepare, profiles, wanted_sms
 from intaglio.exporters.lowering import Job, lowering
 from intaglio.exporters.tensorrt_checks import Network, Prepared, check_size, compare
+from intaglio.exporters.tensorrt_plans import INSIDE, KINDS, tried
 from intaglio.profiles.errors import MissingDependency, ParityError, ToolError, Unsupported, UsageError
 from intaglio.profiles.family import Contract
 from intaglio.profiles.spec import Range, TensorSpec
@@ -320,3 +321,23 @@ def test_every_component_of_a_real_checkpoint_builds(component, tiny_artifact_in
     assert (folder / name).stat().st_size == lowered.engines[name]["bytes"] > 0
     assert lowered.engines[name]["sm"] == "sm89"
     assert lowered.facts["layers"]
+
+
+@needs_rtx
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != INSIDE])
+def test_plans_without_fixed_weights_are_tried_and_what_the_builder_says_is_passed_on(kind):
+    if tensorrt_api.present_gpu() is not None:
+        pytest.skip("with a GPU in the machine the builder may make one")
+    with pytest.raises(Unsupported) as refusal:
+        LOWERING.check({"sm": "sm89", "weights": kind})
+    text = str(refusal.value)
+    assert text.startswith(f"tensorrt.weights={kind} is not supported for sm89: tensorrt-rtx {rtx.__version__}")
+    assert "refuses it without that GPU: " in text
+    assert text.endswith("use --set tensorrt.weights=inside")
+    assert tried("tensorrt-rtx", "DIRECT_IO", "sm89")[1] == "", "the trial itself makes plans"
+
+
+@needs_rtx
+def test_a_kind_of_plan_that_does_not_exist():
+    with pytest.raises(UsageError, match=r"tensorrt\.weights"):
+        LOWERING.check({"sm": "sm89", "weights": "outside"})
