@@ -63,6 +63,9 @@ def convert(source: str | Path, output: str | Path, *, force: bool = False) -> d
             raise CheckpointError(f"{path} was not converted whole; nothing was written")
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0o022)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from intaglio.exporters.config_files import read_json
 from intaglio.exporters.weights import read_header, read_metadata
 from intaglio.profiles.errors import CheckpointError, Unsupported
+from intaglio.profiles.paths import check_file, link_roots
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings in a safetensors header
 PEFT_CONFIG = "adapter_config.json"  # where PEFT itself writes them, beside the file
@@ -30,7 +32,8 @@ def peft_settings(path: Path) -> tuple[dict[str, dict[str, Any]], Path | None]:
     config = path.parent / PEFT_CONFIG
     stated, source = read_metadata(path).get(PEFT_METADATA), None
     if stated is None and config.is_file() and any(k.startswith("base_model.model.") for k in read_header(path)):
-        stated, source = config.read_text(encoding="utf-8"), config
+        check_file(config, CheckpointError, link_roots(path.parent))
+        stated, source = json.dumps(read_json(config)), config
     if stated is None:
         return {}, None
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.profiles.errors import ArtifactError
-from intaglio.profiles.manifest import Manifest
+from intaglio.profiles.manifest import WORD, Manifest
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.strict import from_dict, to_dict
 
@@ -219,6 +219,8 @@ def read_certificate(folder: Path, manifest: Manifest) -> Certificate:
     if version != SCHEMA_VERSION:
         raise ArtifactError(f"{path} has schema version {version}, this intaglio reads {SCHEMA_VERSION}; {again}")
     certificate = from_dict(Certificate, data, str(path), error=ArtifactError)
+    for name in (n for n in certificate.backends if not WORD.fullmatch(n)):  # folders of pictures
+        raise ArtifactError(f"{path} has the backend {name[:100]!r}, allowed: names of engines; {again}")
     if certificate.manifest != manifest.digest:
         raise ArtifactError(f"{path} belongs to the manifest {certificate.manifest[:16]}, not to this one; {again}")
     return certificate

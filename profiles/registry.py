@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from intaglio.profiles.errors import MissingDependency, UsageError
 
@@ -54,6 +55,8 @@ def need(module: str, *, extra: str) -> ModuleType:
     Raises:
         MissingDependency: it is not installed; the message is the pip line.
     """
+    if module.partition(".")[0] == "openvino":  # which tells Google Analytics of every import where it finds this
+        sys.modules.setdefault("openvino_telemetry", cast("ModuleType", None))
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

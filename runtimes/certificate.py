@@ -82,7 +82,7 @@ def read_evidence(artifact: Artifact, certificate: Certificate) -> Evidence:
                 evidence.latents[name] = [arrays[f"{name}-{k}"] for k in range(count)]
         for name in names:
             files = [folder / name / f"{k}.png" for k in range(count)]
-            evidence.pictures[name] = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+            evidence.pictures[name] = [np.asarray(Image.open(file, formats=["PNG"]).convert("RGB")) for file in files]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{folder} is incomplete ({error}); build the artifact again") from error
     for number, (prompt, noise) in enumerate(zip(certificate.prompts, evidence.noise, strict=True)):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from intaglio.runtimes.pipeline import Pipeline
     from intaglio.runtimes.sampling import Result, StepEvent
 
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow would start Ghostscript for an EPS file
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio generate``."""
@@ -125,7 +127,7 @@ def read_images(files: list[str]) -> list[Image]:
     images = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=PICTURES) as image:
                 images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise UsageError(

@@ -115,7 +115,7 @@ def _load(ort: Any, path: Path, settings: Any, provider: str, provider_options: 
     try:
         return ort.InferenceSession(str(path), settings, providers=[(provider, provider_options)])
     except Exception as error:  # onnxruntime raises its own C++ exception types, all derived from Exception
-        raise ToolError(f"ONNX Runtime cannot load {path} on {device}: {error}") from error
+        raise ToolError(f"ONNX Runtime cannot load {path} on {device}: {' '.join(str(error).split())}") from error
 
 
 def products_saturate() -> bool:

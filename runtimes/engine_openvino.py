@@ -58,7 +58,8 @@ class OpenVinoEngine:
         try:
             self.compiled: Any = core.compile_model(path, device, settings)
         except RuntimeError as error:
-            raise ToolError(f"OpenVINO cannot compile {path} for {device}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ToolError(f"OpenVINO cannot compile {path} for {device}: {reason}") from error
         self._check(device)
         self.request: Any = self.compiled.create_infer_request()
 

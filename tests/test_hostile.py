@@ -165,7 +165,10 @@ REAL = {  # as published checkpoints have them
         ["transformers", "SiglipVisionModel"],
         [None] * 2,
     ],
-    "tokenizer": [["transformers", name] for name in ("CLIPTokenizer", "Qwen2TokenizerFast", "PixtralProcessor")],
+    "tokenizer": [
+        ["transformers", name]
+        for name in ("CLIPTokenizer", "Qwen2TokenizerFast", "PixtralProcessor", "TokenizersBackend")
+    ],
     "tokenizer_3": [["transformers", "T5TokenizerFast"]],
     "text_encoder_2": [["transformers", "T5EncoderModel"], ["transformers", "CLIPTextModelWithProjection"]],
     "text_encoder": [["transformers", name] for name in ("Mistral3ForConditionalGeneration", "Qwen3ForCausalLM")],
