@@ -1,8 +1,8 @@
 """Symmetric int4 in blocks along the input channels: ``w ~ q * s``, q in [-7, 7], one scale for `block` rows.
 
 The form of ONNX's DequantizeLinear with axis 0 and block_size (opset 21). -8 is not used, so that a code and its
-negative are both representable. The scale is ``max|w| / 7``, or that times the shrink factor that loses least: clipping
-a block's largest weight can buy a finer step for all others (AWQ's clipping search, arxiv.org/abs/2306.00978).
+negative are both representable. The scale is ``max|w| / 7``, or that times the factor that loses least: clipping a
+block's largest weight can buy a finer step for all others (AWQ's clipping search, arxiv.org/abs/2306.00978).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from intaglio.quantize.int8 import finite, scale_of
 
 LIMIT = 7
 SEARCHES = ("absmax", "mse")
-COARSE = tuple(np.float32(v) for v in (1.0, 0.9, 0.8, 0.7, 0.6))  # 1 first: among equals the unclipped scale wins
-FINE = tuple(np.float32(v) for v in (0.05, 0.025))  # then on both sides of a block's best, twice
+SHRINK = tuple(np.float32(v) for v in (1.0, 0.92, 0.84, 0.76, 0.66))  # 1 first: among equals the unclipped one wins
+LEAST = np.float32(0.6)  # of the unclipped step a refined one is
 TILE, COLUMNS = 1 << 18, 1024  # weights coded at a time: the temporary arrays stay in the cache, threads are kept busy
 
 
@@ -42,7 +42,7 @@ class Int4:
     @property
     def error_bound(self) -> float:
         """Largest error of a weight in units of its block's scale."""
-        return 0.5 if self.search == "absmax" else max(0.5, LIMIT * (1 / float(min(COARSE) - sum(FINE)) - 1))
+        return 0.5 if self.search == "absmax" else max(0.5, LIMIT * (1 / float(LEAST) - 1))
 
     def layout(self, shape: Sequence[int], axis: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """ONNX dtype and shape of each tensor: codes [K, N], scale [K / block, N].
@@ -130,37 +130,40 @@ def _shares(importance: np.ndarray | None, rows: int, block: int) -> np.ndarray 
 
 
 def _searched(tile: np.ndarray, step: np.ndarray, share: np.ndarray | None) -> np.ndarray:
-    """The step [blocks, columns] times the factor with the least (weighted) squared error: nine are tried.
+    """The step [blocks, columns] times the factor that loses least, by SHRINK and then by least squares.
 
-    Errors are measured in units of `step`, so that neither huge nor tiny weights leave float32's range.
+    With codes q of weights u the best step is ``s = <u, q> / <q, q>`` and the squared error ``<u, u> - s (2 <u, q> -
+    s <q, q>)``, weighted by `share`, so that each of SHRINK is judged by the best step for its codes. Coding with a
+    better step and finding the best step for codes both never add to the error. All is measured in units of `step`, so that
+    neither huge nor tiny weights leave float32's range.
     """
     units = tile / step[:, None]
-    work, codes = np.empty_like(units), np.empty_like(units)
-    factor, least = np.ones_like(step), np.full_like(step, np.inf)
+    codes = np.empty_like(units)
+    factor, most = np.ones_like(step), np.full_like(step, -1)
 
-    def attempt(shrink: np.ndarray) -> None:  # [blocks, columns], or [] for all
-        np.multiply(units, 1 / (shrink[:, None] if shrink.ndim else shrink), out=work)
-        np.rint(work, out=codes)
-        np.clip(codes, -LIMIT, LIMIT, out=codes)
-        np.subtract(codes, work, out=codes)
-        if share is None:
-            error = np.einsum("bkc,bkc->bc", codes, codes)
-        else:
-            np.multiply(codes, codes, out=codes)
-            error = np.multiply(codes, share, out=codes).sum(axis=1)
-        error *= shrink * shrink
-        better = error < least
-        np.copyto(least, error, where=better)
-        np.copyto(factor, shrink, where=better)
+    def refined(shrink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best factor for the codes at a factor [blocks, columns] or [], and what it takes off the error."""
+        np.multiply(units, 1 / (shrink[:, None] if shrink.ndim else shrink), out=codes)
+        np.clip(np.rint(codes, out=codes), -LIMIT, LIMIT, out=codes)
+        inner, square = _product(units, codes, share), _product(codes, codes, share)
+        found = np.divide(inner, square, out=np.ones_like(inner), where=square > 0)
+        found = np.maximum(found, LEAST)
+        return found, found * (2 * inner - found * square)
 
-    for value in COARSE:
-        attempt(np.asarray(value))
-    for width in FINE:
-        best = factor.copy()
-        attempt(best - width)
-        attempt(np.minimum(best + width, 1))
-    chosen: np.ndarray = np.maximum(step * factor, np.finfo(np.float32).tiny)
+    for value in SHRINK:
+        found, gain = refined(np.asarray(value))
+        better = gain > most
+        np.copyto(most, gain, where=better)
+        np.copyto(factor, found, where=better)
+    chosen: np.ndarray = np.maximum(step * refined(factor)[0], np.finfo(np.float32).tiny)
     return chosen
+
+
+def _product(a: np.ndarray, b: np.ndarray, share: np.ndarray | None) -> np.ndarray:
+    """float32 [blocks, columns]: the sum of ``a * b * share`` over a block."""
+    if share is None:
+        return np.asarray(np.einsum("bkc,bkc->bc", a, b))
+    return np.asarray(np.einsum("bkc,bkc,bk->bc", a, b, share[:, :, 0]))
 
 
 BLOCK_32, BLOCK_64, BLOCK_128 = Int4(32), Int4(64), Int4(128)

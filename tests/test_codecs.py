@@ -236,12 +236,14 @@ def test_int4_search_never_loses_and_follows_importance(block):
     assert (losses(search, same) <= losses(nearest, same) * (1 + ROUNDING)).all()
     assert losses(search, same).sum() < 0.96 * losses(nearest, same).sum()  # measured 0.93, 0.90 and 0.86
     weighted = losses(search, importance, importance=importance)
-    assert (weighted <= losses(nearest, importance) * (1 + ROUNDING)).all()
+    energy = (weight.astype(np.float64) ** 2 * importance[:, None]).reshape(-1, block, 96).sum(axis=1)
+    # float32 sums tell errors apart to a share of the energy: it matters where one channel has nearly all importance
+    assert (weighted <= losses(nearest, importance) * (1 + ROUNDING) + ROUNDING * energy).all()
     assert weighted.sum() < 0.8 * losses(search, importance).sum()  # measured 0.48, 0.56 and 0.57
     blind = search.encode(weight, 1)["scale"]
     assert (search.encode(weight, 1, importance=importance)["scale"][0] == blind[0]).all()
     huge = {"importance": importance * np.float32(1e33)}
-    assert losses(search, importance, **huge).sum() == weighted.sum()  # only the ratios count
+    assert losses(search, importance, **huge).sum() == pytest.approx(weighted.sum(), rel=ROUNDING)  # only ratios count
 
 
 def test_int4_refuses_what_it_cannot_code():
