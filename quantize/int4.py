@@ -134,8 +134,8 @@ def _searched(tile: np.ndarray, step: np.ndarray, share: np.ndarray | None) -> n
 
     With codes q of weights u the best step is ``s = <u, q> / <q, q>`` and the squared error ``<u, u> - s (2 <u, q> -
     s <q, q>)``, weighted by `share`, so that each of SHRINK is judged by the best step for its codes. Coding with a
-    better step and finding the best step for codes both never add to the error. All is measured in units of `step`, so that
-    neither huge nor tiny weights leave float32's range.
+    better step and finding the best step for codes both never add to the error. All is measured in units of `step`, so
+    that neither huge nor tiny weights leave float32's range.
     """
     units = tile / step[:, None]
     codes = np.empty_like(units)
