@@ -30,7 +30,7 @@ from intaglio.exporters.tools import tools
 from intaglio.profiles.artifact import Artifact, sha256
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.strict import from_dict, to_dict
-from intaglio.quantize.rewrite import BadWeight
+from intaglio.quantize.weight import BadWeight, in_advance
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -120,6 +120,7 @@ def made(
     recipe, rewritten, quantization = plan.recipe[component.name], None, None
     if is_quantized(recipe):
         rewritten = quantize_component(component.name, model, recipe, plan.contract(component.name), calibrated)
+        in_advance(rewritten.weights)
     keep_stored_dtype(model)
     start = time.monotonic()
     try:

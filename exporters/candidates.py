@@ -25,7 +25,7 @@ from intaglio.profiles.errors import NumericsError, UsageError
 from intaglio.profiles.recipe import ComponentRecipe
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.quantize.layers import Choice, assign, check_share
-from intaglio.quantize.rewrite import InputScales
+from intaglio.quantize.weight import InputScales
 from intaglio.runtimes.engine import Engine, EngineOptions, load_engine
 from intaglio.runtimes.fidelity import WINDOW, psnr, ssim
 from intaglio.runtimes.pipeline import Pipeline

@@ -20,9 +20,10 @@ from intaglio.profiles.spec import Coverage, Quantization
 from intaglio.profiles.strict import to_dict
 from intaglio.quantize.feeds import CalibrationSet, read_feeds, record_feeds, weight_bytes
 from intaglio.quantize.layers import Layer, assign, check_share, coverage, find_layers
-from intaglio.quantize.rewrite import BadWeight, InputScales, Weight, quantize_graph
+from intaglio.quantize.rewrite import quantize_graph
 from intaglio.quantize.scales import input_scales, needs_statistics
 from intaglio.quantize.statistics import collect
+from intaglio.quantize.weight import BadWeight, InputScales, Weight
 from intaglio.runtimes.host_memory import available_bytes
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from intaglio.profiles.errors import ToolError
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.staging import CONTENT, remove
 from intaglio.profiles.strict import from_dict, to_dict
-from intaglio.quantize.rewrite import InputScales
+from intaglio.quantize.weight import InputScales
 
 if TYPE_CHECKING:
     from intaglio.exporters.plan import Plan

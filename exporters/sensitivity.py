@@ -19,8 +19,9 @@ import onnx_ir as ir
 from intaglio.exporters.store import DATA, GRAPH
 from intaglio.quantize.formats import codec
 from intaglio.quantize.layers import Layer, find_layers
-from intaglio.quantize.rewrite import InputScales, along_inputs, drop_unused, insert
+from intaglio.quantize.rewrite import drop_unused, insert
 from intaglio.quantize.scales import smoothed
+from intaglio.quantize.weight import InputScales, along_inputs
 
 PROBE = "model.probe.onnx"
 FLOAT = ir.TensorType(ir.DataType.FLOAT)

@@ -20,9 +20,9 @@ from intaglio.profiles.recipe import ComponentRecipe
 from intaglio.quantize.feeds import CalibrationSet, read_feeds, record_feeds
 from intaglio.quantize.formats import FORMATS
 from intaglio.quantize.layers import Layer, assign
-from intaglio.quantize.rewrite import InputScales, Weight
 from intaglio.quantize.scales import input_scales, needs_statistics
 from intaglio.quantize.statistics import collect
+from intaglio.quantize.weight import InputScales, Weight
 
 NONE = "none"
 ITEM_BITS = {"INT4": 4, "INT8": 8, "UINT8": 8, "FLOAT8E4M3FN": 8, "FLOAT16": 16, "FLOAT": 32}

@@ -13,8 +13,8 @@ from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import WeightBinding
 from intaglio.quantize.arrays import transposed_copy
 from intaglio.quantize.formats import FORMATS, codec
-from intaglio.quantize.rewrite import along_inputs
 from intaglio.quantize.tensors import values_of
+from intaglio.quantize.weight import along_inputs
 
 GRAPH = "model.onnx"
 

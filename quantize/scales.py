@@ -12,8 +12,8 @@ from intaglio.quantize import awq, smoothquant
 from intaglio.quantize.formats import FORMATS, codec
 from intaglio.quantize.layers import Choice, Layer
 from intaglio.quantize.ranges import activation_scale
-from intaglio.quantize.rewrite import BadWeight, InputScales
 from intaglio.quantize.statistics import InputStatistics, Statistics
+from intaglio.quantize.weight import BadWeight, InputScales
 
 LEVELS = {"INT8": 127, "FLOAT8E4M3FN": 448}
 

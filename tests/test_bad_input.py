@@ -378,11 +378,13 @@ def test_openvino_on_an_artifact_built_without_it(without_openvino, refused, tmp
 
 @pytest.fixture
 def tensorrt_plans(tiny_artifact, copy_artifact, reseal, monkeypatch):
-    """An artifact with plans for SM 8.9 and 12.0 that hold nothing, and an installed API that could load them."""
+    """Plans built here for SM 8.9 and 12.0 that hold nothing, and an installed API and driver that could load them."""
+    from intaglio.profiles.trust import remember_engines
     from intaglio.runtimes import engine_tensorrt
 
     monkeypatch.setattr(engine_tensorrt, "installed_apis", lambda: ("tensorrt-rtx",))
     monkeypatch.setattr(engine_tensorrt, "load_api", lambda name: types.SimpleNamespace(__version__="9.9.9"))
+    monkeypatch.setattr(engine_tensorrt, "check_driver", lambda: None)
     folder = copy_artifact(tiny_artifact, "plans")
     engines = {}
     for sm in ("sm89", "sm120"):
@@ -390,6 +392,7 @@ def tensorrt_plans(tiny_artifact, copy_artifact, reseal, monkeypatch):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"plan")
         engines[name] = {"sm": sm, "api": "tensorrt-rtx", "version": "1.7.1"}
+    assert remember_engines(folder, engines) == []
     return reseal(folder, dataclasses.replace(tiny_artifact.manifest, engines=engines))
 
 

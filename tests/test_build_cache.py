@@ -113,13 +113,13 @@ def facts_of(checkpoint, batch=None, **ask):
 
 
 DAMAGES = {
-    "a bit of the data": lambda place: flip(place / "files/model.onnx.data"),
-    "a bit of the graph": lambda place: flip(place / "files/model.onnx"),
-    "a missing file": lambda place: (place / "files/model.onnx").unlink(),
+    "a bit of a file": lambda place: flip(place / "files/b/data"),
+    "a missing file": lambda place: (place / "files/a").unlink(),
     "half a note": lambda place: (place / "entry.json").write_text((place / "entry.json").read_text()[:100]),
     "a note of another entry": lambda place: edit_note(place, facts={}),
     "a path out of the entry": lambda place: edit_note(place, files={"../../x": "0" * 64}),
 }
+FACTS = {"weights": "1", "tools": "2"}
 
 
 def flip(path):
@@ -133,32 +133,51 @@ def edit_note(place, **changes):
     note.write_text(json.dumps(json.loads(note.read_text()) | changes))
 
 
-def graph_entry():
-    return next(place for place, entry, _ in entries() if entry.about["target"] == "graph")
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A cache with one small entry; the folder of that entry."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "small"))
+    monkeypatch.setenv(build_cache.VARIABLE, "1MB")
+    return filled_again(tmp_path)
+
+
+def filled_again(folder):
+    """Put the entry of FACTS into the cache."""
+    source = folder / "source"
+    (source / "b").mkdir(parents=True, exist_ok=True)
+    (source / "a").write_bytes(b"graph")
+    (source / "b/data").write_bytes(bytes(range(256)) * 9)
+    about = {"component": "unet", "target": "graph"}
+    assert build_cache.put(FACTS, source, ["a", "b/data"], about=about, notes={"record": 1}) == ""
+    return entries_folder() / build_cache.key_of(FACTS)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_made_again(damage, cache, filled, checkpoint, tmp_path):
-    place = graph_entry()
-    DAMAGES[damage](place)
-    again = build_only(checkpoint, tmp_path / "art", "transformer", quant=INT4)
-    assert "capture" not in taken(again)
-    assert build_cache.read_entry(place) is not None, "it was put back whole"
-    assert not build_cache.damaged(place, build_cache.read_entry(place))
-    codes = [a.manifest.files["transformer/model.onnx.data"] for a in (again, filled[1])]
-    assert codes[0] == codes[1]
+def test_a_damaged_entry_is_thrown_away_and_leaves_nothing_in_the_build(damage, small, tmp_path):
+    taken = build_cache.take(FACTS, tmp_path / "taken")
+    assert taken.notes == {"record": 1}
+    assert (tmp_path / "taken/b/data").read_bytes() == (tmp_path / "source/b/data").read_bytes()
+    DAMAGES[damage](small)
+    assert build_cache.take(FACTS, tmp_path / "again") is None
+    assert not [p for p in tmp_path.rglob("again/**/*") if p.is_file()]
+    assert not (tmp_path.parent / "x").exists()
+    filled_again(tmp_path)
+    assert build_cache.take(FACTS, tmp_path / "again") == taken
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_names_what_is_damaged(damage, cache, intaglio):
-    place, count = graph_entry(), len(list(entries()))
-    assert intaglio("cache", "verify") == (0, f"{count} entries, 0 damaged and removed\n", "")
-    DAMAGES[damage](place)
+def test_verify_names_what_is_damaged(damage, small, intaglio):
+    assert intaglio("cache", "verify") == (0, "1 entries, 0 damaged and removed\n", "")
+    DAMAGES[damage](small)
     code, out, err = intaglio("cache", "verify", "--json")
     assert code == 1
-    assert str(place) in err
-    assert list(json.loads(out)["damaged"]) == [place.name]
-    assert not place.exists()
+    assert str(small) in err
+    assert list(json.loads(out)["damaged"]) == [small.name]
+    assert not small.exists()
+
+
+def graph_entry():
+    return next(place for place, entry, _ in entries() if entry.about["target"] == "graph")
 
 
 def test_list_and_gc(cache, intaglio):

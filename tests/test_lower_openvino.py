@@ -383,6 +383,12 @@ def test_an_embedding_gathers_codes(tmp_path, random):
     assert seen(engine) == {"Gather i8 table": 1}
 
 
+def test_openvinos_own_cache_of_models_which_has_no_checksum_is_off():
+    from intaglio.runtimes.engine_openvino import compile_settings
+
+    assert compile_settings("CPU", 1, "f32", 0)["CACHE_DIR"] == ""
+
+
 GROWTH = """
 import sys, numpy as np, openvino
 from intaglio.runtimes.engine_openvino import compile_settings

@@ -18,7 +18,7 @@ from intaglio.exporters.resume import CALIBRATED, NOTES, Work, build_key, packed
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.spec import ComponentRecord, TensorSpec
 from intaglio.profiles.staging import CONTENT
-from intaglio.quantize.rewrite import InputScales
+from intaglio.quantize.weight import InputScales
 
 FIRST, SECOND = "text_encoder", "vae_decoder"
 TARGETS = ["onnx", "openvino"]
