@@ -20,6 +20,7 @@ VERBS = {
     "convert": ("intaglio.exporters.convert:CONVERT", "turn a pickled checkpoint into safetensors, running none of it"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
+    "compare": ("intaglio.bench.compare:COMPARE", "compare two reports of bench; exit 1 where something became slower"),
     "inspect": (
         "intaglio.exporters.cli:INSPECT",
         "show what an artifact is: components, formats, sizes, ranges, engines",
