@@ -20,6 +20,7 @@ from intaglio.bench.cases import Case, backend_bytes, precision_of, support_labe
 from intaglio.bench.machine import fingerprint, load_average
 from intaglio.bench.memory import available_bytes, gpus
 from intaglio.bench.metrics import judge, need_metrics
+from intaglio.bench.statistics import as_json, summary
 from intaglio.bench.worker import Client, WorkerError, to_json
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ToolError
@@ -65,12 +66,22 @@ class Seat:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Median, smallest, largest, number and the values themselves; None without values. No percentile: n is small."""
+    """What the values say (`intaglio.bench.statistics`), and the values themselves; None without values."""
     if not values:
         return None
     rounded = [float(f"{v:.6g}") for v in values]
-    middle = float(f"{statistics.median(values):.6g}")
-    return {"median": middle, "min": min(rounded), "max": max(rounded), "n": len(rounded), "values": rounded}
+    found = as_json(summary(rounded))
+    return {
+        "median": found["median"],
+        "min": min(rounded),
+        "max": max(rounded),
+        "n": len(rounded),
+        "mad": found["mad"],
+        "iqr": found["iqr"],
+        "interval": [found["low"], found["high"]],
+        "percentiles": found["percentiles"],
+        "values": rounded,
+    }
 
 
 def order_of(labels: Sequence[str], turn: int, seed: int) -> list[str]:

@@ -65,7 +65,7 @@ def build(
         max_memory=max_memory,
     )
     target = Path(output)
-    with claim(target, force=force) as held, Stages(stage_count(plan)) as stages:
+    with claim(target, force=force) as held, Stages(stage_count(plan), bounded=plan.memory is not None) as stages:
         with stages.stage("hash checkpoint"):
             sources = source_digests(plan.checkpoint)
         work = open_work(plan, held.start(build_key(plan, sources)))

@@ -109,7 +109,8 @@ def check_component(artifact: Artifact, component: str, tolerance: float, limit:
     reference = torch_in_parts(artifact, component) if parts else load_engine("torch", artifact, component)
     wanted = [reference.run(f) for f in feeds]
     reference.close()
-    return_freed()
+    if parts:
+        return_freed()
     errors = {}
     for target, backend in RUNNABLE.items():
         if target not in record.targets or not installed(backend) or (parts and backend not in IN_PARTS):

@@ -15,9 +15,13 @@ from intaglio.runtimes.private_memory import PrivatePeak, return_freed
 
 
 class Stages:
-    """A progress bar on stderr over `total` stages, and their log."""
+    """A progress bar on stderr over `total` stages, and their log.
 
-    def __init__(self, total: int) -> None:
+    With `bounded` memory that was freed is returned to the system before each stage, which takes up to a second.
+    """
+
+    def __init__(self, total: int, *, bounded: bool = False) -> None:
+        self._bounded = bounded
         self.log: list[dict[str, Any]] = []
         columns = (
             SpinnerColumn(),
@@ -51,7 +55,8 @@ class Stages:
         self._name = name
         self._progress.update(self._task, description=name)
         facts: dict[str, Any] = {}
-        return_freed()
+        if self._bounded:
+            return_freed()
         resettable = reset_peak()
         self._private.reset()
         start = time.monotonic()

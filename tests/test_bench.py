@@ -480,6 +480,9 @@ def test_a_busy_machine_and_an_unsteady_case_are_said(finished):
     assert "the ratio is 1.70" in text
 
 
-def test_spread_has_no_percentile():
-    assert run.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3, "values": [3.0, 1.0, 2.0]}
+def test_spread_of_a_few_has_their_range_for_an_interval_and_no_percentile():
+    found = run.spread([3.0, 1.0, 2.0])
+    extremes = {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3, "mad": 1.0, "iqr": 1.0, "interval": [1.0, 3.0]}
+    assert found == extremes | {"percentiles": {}, "values": [3.0, 1.0, 2.0]}
+    assert run.spread(range(1, 60))["percentiles"].keys() == {"p90", "p95"}
     assert run.spread([]) is None
