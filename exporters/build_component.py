@@ -97,7 +97,7 @@ def write_component(
         else:
             assert prepared is not None
             model = captured(prepared)
-            facts["traced"] = not model.meta[FROM_CACHE]
+            facts["traced"] = not model.meta.get(FROM_CACHE, False)
         record = made(plan, component, place, stages, facts, model, calibrated)
         keep(facts, decided, place, names(place), about(plan, component, "graph"), {"record": to_dict(record)})
     return record

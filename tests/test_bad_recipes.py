@@ -78,8 +78,8 @@ PATTERNS = {
 @pytest.mark.parametrize("line", PATTERNS)
 def test_layers_of_a_recipe(line, tiny_checkpoint, tiny_artifact, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(  # spares the capture
-        "intaglio.exporters.build.captured",
-        lambda plan, component: ir.load(tiny_artifact.component(component.name) / GRAPH),
+        "intaglio.exporters.build_component.captured",
+        lambda prepared: ir.load(tiny_artifact.component(prepared.component.name) / GRAPH),
     )
     file = tmp_path / "recipe.toml"
     file.write_text(f'[component.text_encoder]\nformat = "none"\n[component.text_encoder.layers]\n{line}\n')
