@@ -268,7 +268,7 @@ def test_wrong_compute_capabilities_are_refused_with_what_is_allowed(value, word
 
 @needs_rtx
 def test_options_are_checked_before_anything_is_built():
-    assert LOWERING.options == ("sm", "profiles")
+    assert LOWERING.options == ("sm", "profiles", "weights")
     LOWERING.check({})
     LOWERING.check({"sm": "sm86, SM121"})
     assert wanted_sms({}) == DEFAULT_SMS == ("sm89", "sm120")
