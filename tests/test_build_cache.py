@@ -27,7 +27,8 @@ def filled(checkpoint, tmp_path_factory):
     """A cache with one int4 build for two targets in it, and that build."""
     home = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        # the cache of builds alone: traced graphs are taken from the tests' own
+        patch.setattr(build_cache, "entries_folder", lambda: home / "cache/intaglio/builds")
         patch.setenv(build_cache.VARIABLE, "1GiB")
         built = build_only(checkpoint, home / "art", "transformer", quant=INT4, targets=("openvino",))
     return home / "cache", built
@@ -201,7 +202,7 @@ def test_list_and_gc(cache, intaglio):
 
 
 def test_what_exceeds_the_limit_is_not_kept_and_the_log_says_so(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build_cache, "entries_folder", lambda: tmp_path / "builds")
     monkeypatch.setenv(build_cache.VARIABLE, "100KB")
     built = build_only(checkpoint, tmp_path / "art", "transformer", quant=INT4)
     log = json.loads((built.folder / "build.json").read_text())
@@ -209,7 +210,7 @@ def test_what_exceeds_the_limit_is_not_kept_and_the_log_says_so(checkpoint, tmp_
     assert "more than 50% of INTAGLIO_BUILD_CACHE=100000" in reason
     monkeypatch.setenv(build_cache.VARIABLE, "0")
     build_only(checkpoint, tmp_path / "none", "transformer", quant=INT4)
-    assert not entries_folder().exists()
+    assert not (tmp_path / "builds").exists()
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(checkpoint, tmp_path, monkeypatch):
