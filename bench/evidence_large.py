@@ -71,14 +71,14 @@ MODELS = {
         blocks={"num_layers": 19, "num_single_layers": 38},
         latent_channels=16,
     ),
-    # huggingface.co/Qwen/Qwen-Image, transformer/config.json
+    # huggingface.co/Qwen/Qwen-Image, transformer/config.json; but for the text's width (3584), which is the tiny
+    # encoder's: 11 of 20,430 million parameters fewer
     "qwen_image": Model(
         tiny=("tiny_qwen_image", "qwen_image"),
         kind="QwenImageTransformer2DModel",
         widths={
             "attention_head_dim": 128,
             "num_attention_heads": 24,
-            "joint_attention_dim": 3584,
             "axes_dims_rope": [16, 56, 56],
         },
         blocks={"num_layers": 60},
