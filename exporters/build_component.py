@@ -30,6 +30,7 @@ from intaglio.exporters.tools import tools
 from intaglio.profiles.artifact import Artifact, sha256
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.profiles.strict import from_dict, to_dict
+from intaglio.profiles.trust import host
 from intaglio.quantize.weight import BadWeight, in_advance
 
 if TYPE_CHECKING:
@@ -216,7 +217,10 @@ def graph_facts(
 
 
 def target_facts(job: Job, target: str, files: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides a target's files: the graph's files, dtype, shapes, contract, options and tools."""
+    """All that decides a target's files: the graph's files, dtype, shapes, contract, options and tools.
+
+    The host, too: engines are native code, and a build records those in it as made on this host.
+    """
     return to_plain(
         target=target,
         files=dict(files),
@@ -229,6 +233,7 @@ def target_facts(job: Job, target: str, files: Mapping[str, str]) -> dict[str, A
         format=job.format,
         activations=job.activations,
         options=dict(job.options),
+        host=host(),
         tools=tools(),
     )
 

@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make again: per user, outside of every artifact."""
+"""Where this package keeps what is a user's own, outside of every artifact (XDG base directory specification)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/intaglio``, or ``~/.cache/intaglio``; it may not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "intaglio"
+    """What can be made again: ``$XDG_CACHE_HOME/intaglio``, or ``~/.cache/intaglio``; it may not exist."""
+    return _folder("XDG_CACHE_HOME", ".cache")
+
+
+def config_folder() -> Path:
+    """What the user decided: ``$XDG_CONFIG_HOME/intaglio``, or ``~/.config/intaglio``; it may not exist."""
+    return _folder("XDG_CONFIG_HOME", ".config")
+
+
+def state_folder() -> Path:
+    """What happened here: ``$XDG_STATE_HOME/intaglio``, or ``~/.local/state/intaglio``; it may not exist."""
+    return _folder("XDG_STATE_HOME", ".local/state")
+
+
+def _folder(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / default) / "intaglio"

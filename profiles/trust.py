@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from intaglio.profiles.artifact import SIGNATURE, SUMS, Artifact, read_sums, sha256
+from intaglio.profiles.cache import config_folder, state_folder
 from intaglio.profiles.errors import ArtifactError, UsageError
 from intaglio.profiles.manifest import MANIFEST
 from intaglio.profiles.signing import check_signature
@@ -31,8 +32,7 @@ DIGEST = re.compile("[0-9a-f]{64}")  # a list of digests is the artifact's, and 
 
 def keys_folder() -> Path:
     """``$XDG_CONFIG_HOME/intaglio/keys``, or ``~/.config/intaglio/keys``; it may not exist."""
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "intaglio" / "keys"
+    return config_folder() / "keys"
 
 
 def accepted_keys() -> list[Path]:
@@ -66,8 +66,7 @@ def host() -> str | None:
 def built_folder() -> Path | None:
     """Where this host's engines are recorded for this user; a copy of it on another machine has another's name."""
     name = host()
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return None if name is None else Path(base) / "intaglio" / "built" / name
+    return None if name is None else state_folder() / "built" / name
 
 
 def remember_engines(folder: Path, engines: Iterable[str]) -> list[str]:

@@ -113,6 +113,13 @@ def facts_of(checkpoint, batch=None, **ask):
     return graph_facts(plan, prepared_of(plan, component), source_digests(plan.checkpoint), None)
 
 
+def test_what_another_host_lowered_is_lowered_here(cache, checkpoint, tmp_path, monkeypatch):
+    """A cache may lie in a home that several machines share, and engines are believed where they were built."""
+    monkeypatch.setattr("intaglio.exporters.build_component.host", lambda: "another")
+    other = build_only(checkpoint, tmp_path / "art", "transformer", quant=INT4, targets=("openvino",))
+    assert taken(other) == {"capture"}
+
+
 DAMAGES = {
     "a bit of a file": lambda place: flip(place / "files/b/data"),
     "a missing file": lambda place: (place / "files/a").unlink(),
