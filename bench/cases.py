@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import UsageError
-from intaglio.profiles.registry import installed, pick
+from intaglio.profiles.registry import installed
 from intaglio.quantize.formats import TARGETS as SUPPORTED
 from intaglio.quantize.formats import check_formats
 
@@ -29,11 +29,13 @@ class Case:
     """One row of the benchmark. It crosses to the worker as JSON, so it holds plain data only.
 
     Attributes:
-        artifact: folder of the artifact.
+        artifact: folder of the artifact; `name` is what the report calls it.
         label: unique name of the row.
         backend: engine name; device and threads as `intaglio.load` takes them.
         size: width and height in pixels, None for the artifact's own.
+        batch: pictures of a prompt at once.
         steps: sampling steps, None for the artifact's own.
+        guidance_scale: None for the artifact's own.
         seed: of the initial noise, the same for every prompt, case and round.
         scheduler: name, None for the artifact's own.
         prompts: at least one; round r measures prompt r modulo their number, in every case the same.
@@ -41,16 +43,20 @@ class Case:
         warmup: images made before the first round at least, beside the cold first one.
         checkpoint: where the torch backend finds the checkpoint; empty means by the manifest.
         loader: ``module:function`` with the signature of `intaglio.load`; another one measures a foreign pipeline.
+        python: interpreter of the worker, where the foreign pipeline lives in an environment of its own.
     """
 
     artifact: str
     label: str
     backend: str
     prompts: tuple[str, ...]
+    name: str = ""
     device: str = "cpu"
     threads: int = 0
     size: tuple[int, int] | None = None
+    batch: int = 1
     steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     scheduler: str | None = None
     repeats: int = 5
@@ -58,6 +64,7 @@ class Case:
     checkpoint: str = ""
     settings: dict[str, str] = field(default_factory=dict)
     loader: str = LOADER
+    python: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a case that would measure nothing."""
@@ -71,6 +78,11 @@ class Case:
     def prompt(self, turn: int) -> int:
         """Index of the prompt that round `turn` measures."""
         return turn % len(self.prompts)
+
+    @property
+    def picture(self) -> tuple[Any, ...]:
+        """What decides the picture apart from who computes it: cases that share it are compared with each other."""
+        return (self.size, self.batch, self.steps, self.guidance_scale, self.scheduler, self.seed, self.prompts)
 
 
 def names_of(artifacts: Sequence[Artifact]) -> list[str]:
@@ -127,57 +139,3 @@ def default_backends() -> tuple[str, ...]:
         message = f"no backend is installed; run: pip install 'intaglio[onnxruntime]' (or {', '.join(BACKENDS)})"
         raise UsageError(message)
     return found
-
-
-def matrix(
-    artifacts: Sequence[Artifact],
-    backends: Sequence[str],
-    *,
-    prompts: Sequence[str],
-    size: tuple[int, int] | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    scheduler: str | None = None,
-    threads: int = 0,
-    device: str = "cpu",
-    repeats: int = 5,
-    warmup: int = 1,
-    checkpoint: str = "",
-    loader: str = LOADER,
-    engines: Mapping[str, str] | None = None,
-) -> list[Case]:
-    """Every artifact on every backend, artifacts outermost. `engines` is the table of backends that exist.
-
-    Raises:
-        UsageError: no artifact, no backend, an unknown backend, or one named twice.
-    """
-    from intaglio.runtimes.engine import ENGINES
-
-    if not artifacts or not backends:
-        message = "a benchmark needs at least one artifact and one backend"
-        raise UsageError(message)
-    for backend in backends:
-        pick(engines or ENGINES, backend, "backend")
-    if len(set(backends)) < len(backends):
-        message = f"--backend names one twice: {', '.join(backends)}"
-        raise UsageError(message)
-    return [
-        Case(
-            artifact=str(Path(artifact.folder)),
-            label=f"{name}/{backend}",
-            backend=backend,
-            prompts=tuple(prompts),
-            device="cuda:0" if (backend, device) == ("tensorrt", "cpu") else device,
-            threads=threads,
-            size=size,
-            steps=steps,
-            seed=seed,
-            scheduler=scheduler,
-            repeats=repeats,
-            warmup=warmup,
-            checkpoint=checkpoint if backend == "torch" else "",
-            loader=loader,
-        )
-        for artifact, name in zip(artifacts, names_of(artifacts), strict=True)
-        for backend in backends
-    ]

@@ -1,54 +1,55 @@
-"""``intaglio bench``."""
+"""``intaglio bench`` and ``intaglio report``."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from intaglio.bench.cases import default_backends, matrix
-from intaglio.bench.report import HTML, check_target, report_folder, table, to_json, write
-from intaglio.bench.run import run_matrix
+from intaglio.bench.cases import default_backends
+from intaglio.bench.matrix import AXES, Matrix, exclusion, read_file, read_values, with_flags
+from intaglio.bench.metrics import METRICS
+from intaglio.bench.report import HTML, check_target, table, to_json, write
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import Unsupported, UsageError
+from intaglio.profiles.registry import pick
 
-PROMPTS = ("red heart", "红心", "cat face", "rocket")
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """``512x768`` as (width, height).
-
-    Raises:
-        UsageError: it is neither that nor positive.
-    """
-    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text)
-    if match is None:
-        message = f"--size {text!r} is not WIDTHxHEIGHT, such as 512x512"
-        raise UsageError(message)
-    return int(match[1]), int(match[2])
+METAVARS = {"backend": "B", "size": "WxH", "scheduler": "S", "device": "D"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio bench``."""
-    parser.add_argument("artifact", nargs="+", type=Path, metavar="ARTIFACT", help="folders made by intaglio build")
+    parser.add_argument("artifact", nargs="*", type=Path, metavar="ARTIFACT", help="folders made by intaglio build")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the report")
-    parser.add_argument("--backend", action="append", metavar="B", help="repeatable; default: every one installed")
-    parser.add_argument("--device", default="cpu", help="the backend's device name (default cpu)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default: the artifact's own")
-    parser.add_argument("--size", metavar="WxH", help="pixels; default: the artifact's own")
-    parser.add_argument("--scheduler", metavar="S", help="default: the artifact's own")
+    parser.add_argument("--matrix", type=Path, metavar="FILE", help="TOML file of what to run; flags replace its parts")
+    for axis, facts in AXES.items():
+        if axis != "artifact":
+            parser.add_argument(
+                f"--{axis.replace('_', '-')}",
+                action="append",
+                metavar=METAVARS.get(axis, "N"),
+                help=f"{facts.help}; repeat or separate by commas for several",
+            )
+    parser.add_argument("--exclude", action="append", metavar="A=V,…", help="leave out cases with these axis values")
+    parser.add_argument("--grid", metavar="X[,Y[,Z]]", help="axes to show as a grid of pictures")
     parser.add_argument("--prompt", action="append", metavar="P", help="repeatable; default: four of the demo's")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured images a case (default 5)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: the backend's choice")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of noise and interleaving (default 0)")
-    parser.add_argument("--checkpoint", default="", metavar="C", help="where the torch backend finds the checkpoint")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measured images a case (default 5)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="images before the first round (default 1)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of noise and interleaving (default 0)")
+    parser.add_argument("--isolation", metavar="I", help="shared (default): a process a case; fresh: one a round")
+    parser.add_argument("--quick", action="store_true", help="speed and pictures alone: no memory, components, floor")
+    parser.add_argument("--limit", action="append", metavar="M=V", help="a metric's limit in place of the format's own")
+    parser.add_argument("--checkpoint", metavar="C", help="where the torch backend finds the checkpoint")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="seconds one answer may take (900)")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases and how long they will take")
+    parser.add_argument("--known", action="append", type=Path, metavar="R", help="earlier reports for --dry-run")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
-    parser.add_argument("--force", action="store_true", help="replace an earlier report")
+    parser.add_argument("--force", action="store_true", help="replace an earlier report or an unfinished run")
 
 
 @contextmanager
@@ -63,11 +64,16 @@ def progress() -> Iterator[Callable[[str], None]]:
 def command_line(args: argparse.Namespace, names: Sequence[str]) -> str:
     """The command without the folders' places, which may hold the names of people."""
     words = ["intaglio", "bench", *names, "-o", args.output.name]
-    for key in ("backend", "prompt"):
-        words += [w for value in getattr(args, key) or () for w in (f"--{key}", value)]
-    for key in ("device", "steps", "size", "scheduler", "rounds", "threads", "seed"):
+    if args.matrix:
+        words += ["--matrix", args.matrix.name]
+    for key in ("prompt", "exclude", "limit", *(a for a in AXES if a != "artifact")):
+        flag = f"--{key.replace('_', '-')}"
+        words += [w for value in getattr(args, key) or () for w in (flag, str(value))]
+    for key in ("grid", "rounds", "warmup", "seed", "isolation"):
         if getattr(args, key) is not None:
             words += [f"--{key}", str(getattr(args, key))]
+    if args.quick:
+        words.append("--quick")
     if args.checkpoint:
         words += ["--checkpoint", Path(args.checkpoint).name]
     return shlex.join(words)
@@ -78,9 +84,13 @@ def choose_backends(asked: Sequence[str] | None) -> tuple[str, ...]:
 
     Raises:
         Unsupported: TensorRT was asked for and there is no GPU.
+        UsageError: there is no such backend.
     """
     from intaglio.bench.memory import gpus
+    from intaglio.runtimes.engine import ENGINES
 
+    for name in asked or ():
+        pick(ENGINES, name, "backend")
     if asked and "tensorrt" in asked and gpus()[1]:
         message = (
             f"backend tensorrt cannot run here: {gpus()[1]}; leave it out, its plans are still listed with their sizes"
@@ -89,41 +99,100 @@ def choose_backends(asked: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(asked) if asked else default_backends()
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, write the report, print the table; 1 if a case failed, else 0.
+def read_matrix(args: argparse.Namespace) -> tuple[list[Path], Matrix]:
+    """Artifacts and matrix of the file and the flags.
 
     Raises:
-        ToolError: see `run_matrix`, `report_folder` and `matrix`.
+        UsageError: a value is not allowed, or there is no artifact.
     """
-    check_target(args.output, force=args.force)
-    backends = choose_backends(args.backend)
-    artifacts = {str(a.folder): a for a in (Artifact.open(path) for path in args.artifact)}
-    cases = matrix(
-        list(artifacts.values()),
-        backends,
-        prompts=args.prompt or PROMPTS,
-        size=size_of(args.size) if args.size else None,
-        steps=args.steps,
-        seed=args.seed,
-        scheduler=args.scheduler,
-        threads=args.threads,
-        device=args.device,
-        repeats=args.rounds,
-        checkpoint=args.checkpoint,
-    )
-    command = command_line(args, [p.name for p in args.artifact])
-    with report_folder(args.output, force=args.force) as folder:
-        with progress() as tell:
-            report = run_matrix(
-                cases, artifacts, folder, command=command, seed=args.seed, timeout=args.timeout, tell=tell
-            )
+    folders, said = read_file(args.matrix) if args.matrix else ([], {})
+    axes: dict[str, Any] = {}
+    for axis in AXES:
+        if axis != "artifact" and getattr(args, axis) is not None:
+            axes[axis] = read_values(axis, getattr(args, axis))
+    axes["backend"] = choose_backends(axes.get("backend") or said.get("axes", {}).get("backend"))
+    flags = {
+        "axes": axes,
+        "exclude": tuple(exclusion(text) for text in args.exclude) if args.exclude else None,
+        "grid": tuple(args.grid.split(",")) if args.grid else None,
+        "prompts": tuple(args.prompt) if args.prompt else None,
+        **{name: getattr(args, name) for name in ("rounds", "warmup", "seed", "isolation", "checkpoint")},
+    }
+    chosen = args.artifact or folders
+    if not chosen:
+        raise UsageError("no artifact was given; name folders made by intaglio build, or artifacts in --matrix")
+    return list(chosen), with_flags(said, flags)
+
+
+def read_limits(texts: Sequence[str] | None) -> dict[str, float]:
+    """``--limit psnr=30`` as numbers by metric.
+
+    Raises:
+        UsageError: it is not that, or no such metric exists.
+    """
+    found = {}
+    for text in texts or ():
+        name, equal, value = text.partition("=")
+        pick({**METRICS, "latents_relative_l2": None}, name, "metric")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            equal = ""
+        if not equal:
+            raise UsageError(f"--limit {text!r} is not METRIC=NUMBER, such as psnr=30")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the report, print the table; 1 if a case failed or exceeds its limits, else 0.
+
+    Raises:
+        ToolError: see `run_matrix`, `begin` and `Matrix.cases`.
+    """
+    from intaglio.bench.estimate import known_rows, listing
+    from intaglio.bench.journal import begin, plan_of, publishing
+    from intaglio.bench.run import run_matrix
+
+    limits = read_limits(args.limit)
+    folders, matrix = read_matrix(args)
+    if not args.dry_run and not args.resume:
+        check_target(args.output, force=args.force)
+    artifacts = {str(a.folder): a for a in (Artifact.open(path) for path in folders)}
+    cases = matrix.cases(list(artifacts.values()))
+    if args.dry_run:
+        print(listing(cases, artifacts, known_rows([args.output, *(args.known or ())])))
+        return 0
+    plan = plan_of(cases, {key: a.manifest.digest for key, a in artifacts.items()}, matrix.seed)
+    journal = begin(args.output, plan, resume=args.resume, force=args.force)
+    with progress() as tell, publishing(journal, args.output) as folder:
+        report = run_matrix(
+            cases,
+            artifacts,
+            journal,
+            command=command_line(args, [p.name for p in folders]),
+            seed=matrix.seed,
+            timeout=args.timeout,
+            isolation=matrix.isolation,
+            thorough=not args.quick,
+            grid=matrix.grid,
+            limits=limits,
+            tell=tell,
+        )
         write(report, folder)
     print(to_json(report) if args.json else table(report), end="" if args.json else "\n")
     say(f"written: {args.output / HTML}")
-    failed = [c for c in report["cases"] if c["status"] == "error"]
-    for case in failed:
-        say(f"{case['label']}: {case['error']}")
-    return 1 if failed else 0
+    return told(report)
+
+
+def told(report: dict[str, Any]) -> int:
+    """Say which cases failed or exceed their limits; 1 if any does, else 0."""
+    bad = 0
+    for case in report["cases"]:
+        reasons = [case["error"]] if case["status"] == "error" else (case.get("verdict") or {}).get("exceeded", [])
+        for reason in reasons:
+            say(f"{case['label']}: {reason}")
+        bad += bool(reasons)
+    return 1 if bad else 0
 
 
 BENCH = Verb(configure, run)

@@ -19,10 +19,10 @@ from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.strict import parse_json
 
-SETTINGS = ("prompts", "seed", "size", "steps", "scheduler", "threads", "warmup")
+SETTINGS = ("prompts", "seed", "size", "steps", "scheduler", "threads", "warmup", "isolation")
 MACHINE = ("cpu", "memory_gib", "gpus")
-ROW = ("precision", "device", "threads", "parameters")
-SCHEMA = (1,)
+ROW = ("precision", "device", "threads", "size", "batch", "parameters")
+SCHEMA = (2,)
 
 
 def configure_compare(parser: argparse.ArgumentParser) -> None:

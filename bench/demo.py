@@ -9,8 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from intaglio.bench.cases import default_backends, matrix
-from intaglio.bench.cli import progress
+from intaglio.bench.cases import default_backends
+from intaglio.bench.cli import progress, told
+from intaglio.bench.journal import Journal, plan_of
+from intaglio.bench.matrix import matrix
 from intaglio.bench.report import HTML, JSON, MARKDOWN, table, to_json, write
 from intaglio.bench.run import run_matrix
 from intaglio.profiles.artifact import Artifact
@@ -114,23 +116,22 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         seed=args.seed,
         threads=args.threads,
-        repeats=args.rounds,
+        rounds=args.rounds,
         checkpoint=args.checkpoint,
     )
     temporary = Path(tempfile.mkdtemp(prefix=".report.", suffix=".tmp", dir=args.output))
     try:
+        journal = Journal(temporary)
+        journal.write("plan", **plan_of(cases, {key: a.manifest.digest for key, a in artifacts.items()}, args.seed))
         with progress() as tell:
-            report = run_matrix(cases, artifacts, temporary, command=command_line(args), seed=args.seed, tell=tell)
+            report = run_matrix(cases, artifacts, journal, command=command_line(args), seed=args.seed, tell=tell)
         write(report, temporary)
         publish(temporary, args.output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(to_json(report) if args.json else table(report), end="" if args.json else "\n")
     say(f"written: {args.output / HTML}")
-    failed = [c for c in report["cases"] if c["status"] == "error"]
-    for case in failed:
-        say(f"{case['label']}: {case['error']}")
-    return 1 if failed else 0
+    return told(report)
 
 
 DEMO = Verb(configure, run)

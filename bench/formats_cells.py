@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intaglio.bench.assemble import spread
 from intaglio.bench.cases import Case
 from intaglio.bench.machine import usable_cores
-from intaglio.bench.run import SETTLE, order_of, spread
+from intaglio.bench.run import SETTLE, order_of
 from intaglio.bench.worker import Client, WorkerError, to_json
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ToolError
@@ -100,6 +101,7 @@ def running(cells: Sequence[Cell], bars: Progress, about: str) -> Iterator[None]
         for cell in bars.track(cells, description=about):
             cell.worker = Client(cell.case, timeout=TIMEOUT)
             stack.callback(cell.worker.close)
+            cell.ask("watch")
             cell.ask("load", case=to_json(cell.case))
             cell.ask("run", prompt=0)
             cell.peak_bytes = cell.ask("memory")["host"]["peak_bytes"]

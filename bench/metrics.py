@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intaglio.bench import ms_ssim, ssimulacra2
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import need, pick, resolve
-from intaglio.runtimes.fidelity import pair, relative_l2
+from intaglio.runtimes.fidelity import WINDOW, pair, relative_l2
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,12 +28,14 @@ class Metric:
         higher_is_better: the direction.
         unit: ``dB``, or empty for a pure number.
         text: what it sees, for the report.
+        smallest: shortest side in pixels that it is defined for.
     """
 
     path: str
     higher_is_better: bool
     unit: str
     text: str
+    smallest: int = 1
 
 
 METRICS = {
@@ -43,7 +46,25 @@ METRICS = {
         text="pixel error; identical is infinite",
     ),
     "ssim": Metric(
-        path="intaglio.runtimes.fidelity:ssim", higher_is_better=True, unit="", text="local structure; identical is 1"
+        path="intaglio.runtimes.fidelity:ssim",
+        higher_is_better=True,
+        unit="",
+        text="local structure; identical is 1",
+        smallest=WINDOW,
+    ),
+    "ms_ssim": Metric(
+        path="intaglio.bench.ms_ssim:ms_ssim",
+        higher_is_better=True,
+        unit="",
+        text="structure at five scales; identical is 1",
+        smallest=ms_ssim.SMALLEST,
+    ),
+    "ssimulacra2": Metric(
+        path="intaglio.bench.ssimulacra2:ssimulacra2",
+        higher_is_better=True,
+        unit="",
+        text="visible loss and artifacts at six scales; identical is 100, lossless to the eye 90",
+        smallest=ssimulacra2.SMALLEST,
     ),
     "flip": Metric(
         path="intaglio.bench.metrics:flip", higher_is_better=False, unit="", text="visible difference; identical is 0"
@@ -87,22 +108,34 @@ def need_metrics() -> None:
     Raises:
         MissingDependency: with the pip line.
     """
-    need("flip_evaluator", extra="bench")
+    for package in ("flip_evaluator", "ssimulacra2", "scipy.ndimage"):
+        need(package, extra="bench")
 
 
 def measure(image: np.ndarray, reference: np.ndarray, names: Sequence[str] = tuple(METRICS)) -> dict[str, Any]:
-    """Metrics of a picture, by name, and ``identical``.
+    """Metrics of a picture, by name, ``identical``, and ``reasons``: why a metric is None, by its name.
 
-    JSON has no infinity, so a PSNR of identical pictures is ``None`` and ``identical`` is true.
+    JSON has no infinity, so a PSNR of identical pictures is ``None`` and ``identical`` is true; it needs no reason.
 
     Raises:
         UsageError: an unknown metric, or pictures that cannot be compared.
         MissingDependency: a metric's package is not installed.
     """
-    result: dict[str, Any] = {"identical": bool(np.array_equal(image, reference))}
+    height, width = pair(image, reference)[0].shape[:2]
+    identical = bool(np.array_equal(image, reference))
+    result: dict[str, Any] = {"identical": identical, "reasons": {}}
     for name in names:
-        value = float(resolve(pick(METRICS, name, "metric").path)(image, reference))
-        result[name] = value if math.isfinite(value) else None
+        metric, result[name] = pick(METRICS, name, "metric"), None
+        if min(height, width) < metric.smallest:
+            result["reasons"][name] = (
+                f"needs {metric.smallest}x{metric.smallest} pixels or more, found {width}x{height}"
+            )
+            continue
+        value = float(resolve(metric.path)(image, reference))
+        if math.isfinite(value):
+            result[name] = value
+        elif not identical:
+            result["reasons"][name] = f"is {value}"
     return result
 
 

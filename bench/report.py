@@ -35,7 +35,9 @@ def megabytes(value: int | None) -> str:
 
 def decibels(worst: Mapping[str, Any]) -> str:
     """A PSNR; ``identical`` where the pictures are."""
-    return "identical" if worst["identical"] else "–" if worst["psnr"] is None else f"{worst['psnr']:.1f}"
+    if worst.get("identical"):
+        return "identical"
+    return "–" if worst.get("psnr") is None else f"{worst['psnr']:.1f}"
 
 
 def ratio(speedup: Mapping[str, Any] | None) -> str:
@@ -43,19 +45,32 @@ def ratio(speedup: Mapping[str, Any] | None) -> str:
     return "–" if speedup is None else f"{speedup['median']:.2f} ({speedup['min']:.2f}–{speedup['max']:.2f})"
 
 
+def names(report: Report) -> list[str]:
+    """Headings of the columns that name a case: every row has them, measured or not."""
+    swept = [a for a in report["axes"] if a not in ("artifact", "backend")]
+    return ["artifact", "backend", "precision", *swept, "size MB"]
+
+
 def columns(report: Report) -> list[str]:
     """Headings of the table."""
     times = f"x {report['reference']['backend']} (range)"
-    heads = ["artifact", "backend", "precision", "size MB", "load s", "first s", "s/image (range, n)", times]
-    return [*heads, "peak MB", "PSNR dB", "SSIM", "FLIP"]
+    heads = [*names(report), "load s", "first s", "s/image (range, n)", times]
+    return [*heads, "peak MB", "PSNR dB", "SSIM", "FLIP", "verdict"]
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
+def axis_text(row: Mapping[str, Any], axis: str) -> str:
+    """A row's value of a swept axis."""
+    value = row.get(axis)
+    return "own" if value is None else "x".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+
+def cells(report: Report, row: Mapping[str, Any]) -> list[str]:
     """One case as text, a cell a heading; a case that was not measured has its reason in place of the figures."""
-    start = [row["artifact"], row["backend"], row["precision"], megabytes(row["artifact_bytes"])]
+    swept = [axis_text(row, a) for a in names(report)[3:-1]]
+    start = [row["artifact"], row["backend"], row["precision"], *swept, megabytes(row["artifact_bytes"])]
     if row["status"] != "ok":
         return [*start, row["error"]]
-    worst, image, peak = row["worst"], row["image_s"], row["memory"]["peak_bytes"] if row["memory"] else None
+    worst, image, peak = row["worst"] or {}, row["image_s"], row["memory"]["peak_bytes"] if row["memory"] else None
     return [
         *start,
         number(row["load_s"]),
@@ -64,24 +79,50 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         ratio(row["speedup"]),
         megabytes(peak),
         decibels(worst),
-        "–" if worst["ssim"] is None else f"{worst['ssim']:.4f}",
-        "–" if worst["flip"] is None else f"{worst['flip']:.4f}",
+        "–" if worst.get("ssim") is None else f"{worst['ssim']:.4f}",
+        "–" if worst.get("flip") is None else f"{worst['flip']:.4f}",
+        passed(row),
     ]
+
+
+def passed(row: Mapping[str, Any]) -> str:
+    """Whether a case is within its limits."""
+    verdict = row["verdict"]
+    if row["label"] == row["reference"]:
+        return "reference"
+    return (
+        "–" if verdict["passed"] is None else "passed" if verdict["passed"] else f"{len(verdict['exceeded'])} exceeded"
+    )
 
 
 def table(report: Report) -> str:
     """The cases in aligned plain text, for a terminal or a README; reasons run to the right of their row."""
-    rows = [columns(report), *(cells(r) for r in report["cases"])]
+    rows, fixed = [columns(report), *(cells(report, r) for r in report["cases"])], len(names(report))
     full = [r for r in rows if len(r) == len(rows[0])]
     widths = [max(len(r[i]) for r in full) for i in range(len(rows[0]))]
-    for i in range(4):  # names are in every row
+    for i in range(fixed):  # names are in every row
         widths[i] = max(len(r[i]) for r in rows)
     lines = []
     for row in rows:
-        parts = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
-        parts = parts if len(row) == len(widths) else [*parts[:4], row[4]]
+        parts = [c.ljust(w) if i < fixed - 1 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
+        parts = parts if len(row) == len(widths) else [*parts[:fixed], row[fixed]]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+def floor_text(group: Mapping[str, Any]) -> str:
+    """How far the reference of a group is from itself."""
+    found = []
+    for floor in group["noise_floor"]:
+        if floor["reason"]:
+            found.append(f"{floor['what']}: none, {floor['reason']}")
+        elif floor["worst"]["identical"]:
+            found.append(f"{floor['what']}: identical")
+        else:
+            figures = [f"{decibels(floor['worst'])} dB", f"SSIM {number(floor['worst']['ssim'], 4)}"]
+            figures.append(f"latents {number(floor['worst']['latents_relative_l2'], 2)}")
+            found.append(f"{floor['what']}: {', '.join(figures)}")
+    return "; ".join(found)
 
 
 def notes(report: Report) -> list[str]:
@@ -92,9 +133,15 @@ def notes(report: Report) -> list[str]:
         f"Machine: {sentence(report['machine'])}.",
         f"Reference: {report['reference']['why']}. PSNR, SSIM and FLIP are the worst of {len(settings['prompts'])} "
         "prompts, from the same initial noise.",
-        f"The column “{columns(report)[7]}” is the median of {settings['rounds']} interleaved rounds of reference "
+        f"The column “{columns(report)[len(names(report)) + 3]}” is the median of {settings['rounds']} interleaved "
+        "rounds of reference "
         "seconds divided by the case's seconds in the same round, so that a slow minute hits both; above 1 is faster. "
         "It is the figure to quote, with its range: seconds depend on what else the machine was doing.",
+        *(
+            f"Noise floor of {g['reference']} against itself: {floor_text(g)}."
+            for g in report["groups"]
+            if g["noise_floor"]
+        ),
         "Load includes importing the backend, not hashing the artifact. First is the first image after loading. "
         "Size counts the files of the artifact that the backend reads; the torch rows show the shared graph's.",
     ]
@@ -115,8 +162,8 @@ def notes(report: Report) -> list[str]:
     reasons = sorted({c["memory"]["reason"] for c in report["cases"] if c.get("memory") and c["memory"]["reason"]})
     if peaks:
         result.append(
-            "Peak is the kernel's high-water mark of one worker process, interpreter and libraries included, since "
-            "before the load. All workers stay loaded and idle while one works: they share caches and page cache."
+            "Peak is the kernel's high-water mark of one process of its own, interpreter and libraries included, from "
+            "before the load to the end of the first image; it is not a process that was timed."
         )
     result += [f"Host memory: {r}." for r in reasons]
     result += [f"VRAM: {r}." for r in sorted({c["vram"]["reason"] for c in report["cases"] if c.get("vram")}) if r]
@@ -137,9 +184,10 @@ def markdown(report: Report) -> str:
 
     heads = columns(report)
     lines = ["# Intaglio benchmark", "", f"`{report['command']}`", "", f"| {' | '.join(heads)} |"]
-    lines.append(f"| {' | '.join('---' if i < 3 else '---:' for i in range(len(heads)))} |")
+    left = len(names(report)) - 1
+    lines.append(f"| {' | '.join('---' if i < left else '---:' for i in range(len(heads)))} |")
     for case in report["cases"]:
-        row = [escape(c) for c in cells(case)]
+        row = [escape(c) for c in cells(report, case)]
         lines.append(f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |")
     lines += ["", *(f"- {n}" for n in notes(report)), "", "## Per prompt", ""]
     lines += [
@@ -150,6 +198,9 @@ def markdown(report: Report) -> str:
         for picture in (p for p in case.get("prompts", []) if "psnr" in p):
             figures = [decibels(picture), *(number(picture[k], 4) for k in ("ssim", "flip", "latents_relative_l2"))]
             lines.append(f"| {escape(case['label'])} | {escape(picture['prompt'])} | {' | '.join(figures)} |")
+    exceeded = [(c["label"], e) for c in report["cases"] for e in (c.get("verdict") or {}).get("exceeded", [])]
+    if exceeded:
+        lines += ["", "## Beyond their limits", "", *(f"- {escape(label)}: {escape(text)}" for label, text in exceeded)]
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.bench.machine import sentence
-from intaglio.bench.report import cells, columns, decibels, notes, number
+from intaglio.bench.report import cells, columns, decibels, names, notes, number
 
 WIDEST = 8  # pictures side by side; more wrap
 LARGEST = 512  # pixels; a larger picture is shown scaled down, the original lies beside the page
@@ -83,10 +83,10 @@ def summary(report: Mapping[str, Any]) -> str:
     head = "".join(f"<th scope=col>{escape(h)}</th>" for h in heads)
     rows = []
     for case in report["cases"]:
-        texts = cells(case)
-        body = "".join(f"<td>{escape(t)}</td>" for t in (texts if case["status"] == "ok" else texts[:4]))
+        texts, fixed = cells(report, case), len(names(report))
+        body = "".join(f"<td>{escape(t)}</td>" for t in (texts if case["status"] == "ok" else texts[:fixed]))
         if case["status"] != "ok":
-            body += f'<td class=reason colspan="{len(heads) - 4}">{escape(texts[4])}</td>'
+            body += f'<td class=reason colspan="{len(heads) - fixed}">{escape(texts[fixed])}</td>'
         rows.append(f'<tr class="{escape(case["status"])}">{body}</tr>')
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
@@ -110,12 +110,12 @@ def bars(report: Mapping[str, Any]) -> str:
     longest = max(c["image_s"]["max"] for c in measured)
     parts = []
     for case in measured:
-        image, worst = case["image_s"], case["worst"]
+        image, worst = case["image_s"], case["worst"] or {}
         text = (
             f"{case['label']}: median {number(image['median'])} s, {number(image['min'])} to {number(image['max'])} s"
         )
         label = "reference" if case["label"] == report["reference"]["label"] else decibels(worst)
-        unit = " dB" if worst["psnr"] is not None and not worst["identical"] else ""
+        unit = " dB" if worst.get("psnr") is not None and not worst.get("identical") else ""
         times = f"{case['speedup']['median']:.2f}×" if case["speedup"] else "–"
         parts.append(
             f"<div class=row><span class=name>{escape(case['label'])}</span>"

@@ -1,7 +1,7 @@
 """One case in a process of its own: ``python -m intaglio.bench.worker``, and the parent's end of the pipe.
 
 One JSON line a request on stdin, one JSON line an answer on stdout; what libraries print goes to stderr. A request is
-``{"do": "load" | "run" | "image" | "memory", ...}``; an answer is ``{"ok": {...}}`` or ``{"error": "one line"}``. The
+``{"do": ..., ...}``, a method of `Worker` by its name; an answer is ``{"ok": {...}}`` or ``{"error": "one line"}``. The
 worker computes only between a request and its answer, so that the parent can interleave many of them.
 """
 
@@ -25,6 +25,7 @@ from typing import IO, Any
 from intaglio.bench.cases import Case
 
 TAIL = 12  # lines of stderr quoted when a worker dies
+REQUESTS = ("watch", "load", "run", "image", "record", "replay", "memory")
 
 
 class WorkerError(RuntimeError):
@@ -42,7 +43,7 @@ class Client:
     def __init__(self, case: Case, *, timeout: float) -> None:
         self.case, self.timeout = case, timeout
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "intaglio.bench.worker"],
+            [case.python or sys.executable, "-m", "intaglio.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -135,19 +136,29 @@ class Worker:
         self.case: Case | None = None
         self.pipe: Any = None
         self.probe: Any = None
-        self.peak_reason = ""
-        self.before: dict[str, Any] = {}
+        self.energy: Any = None
+        self.watcher: Any = None
+
+    def watch(self) -> dict[str, Any]:
+        """Sample memory from now on, for `memory`; a worker that is watched is not one to time."""
+        from intaglio.bench.memory import Watcher
+
+        self.watcher = Watcher().start()
+        return {}
 
     def load(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Load the pipeline; ``seconds`` includes importing the backend, as every first use does."""
-        from intaglio.bench.memory import VramProbe, host_memory_now, reset_peak
+        """Load the pipeline; ``seconds`` includes importing the backend, as every first use does.
+
+        ``compile_s``: of these in the backend's own compiler, by component; None where it does not say.
+        """
+        from intaglio.bench.energy import Energy
+        from intaglio.bench.memory import VramProbe
         from intaglio.profiles.registry import resolve
 
         size = case["size"]
         self.case = Case(**{**case, "prompts": tuple(case["prompts"]), "size": tuple(size) if size else None})
         self.probe = VramProbe(self.case.device)
-        self.peak_reason = reset_peak()
-        self.before = host_memory_now()
+        self.energy = Energy(self.case.device)
         start = time.perf_counter()
         self.pipe = resolve(self.case.loader)(
             self.case.artifact,
@@ -158,66 +169,107 @@ class Worker:
             settings=self.case.settings or None,
             verify=False,  # the parent hashed every file once: a digest is no part of loading
         )
-        return {"seconds": time.perf_counter() - start, "pid": os.getpid()}
+        seconds = time.perf_counter() - start
+        if self.watcher is not None:
+            self.watcher.mark("loaded")
+        return {"seconds": seconds, "pid": os.getpid(), "compile_s": getattr(self.pipe, "compile_seconds", None)}
 
-    def _generate(self, prompt: int) -> tuple[Any, dict[str, Any]]:
+    def _generate(self, prompt: int, each: Callable[[Any], None] = lambda event: None) -> tuple[Any, dict[str, Any]]:
         assert self.case is not None
         width, height = self.case.size or (None, None)
-        start = time.perf_counter()
-        stream = self.pipe.stream(
-            self.case.prompts[prompt],
-            seed=self.case.seed,
-            width=width,
-            height=height,
-            num_inference_steps=self.case.steps,
-            scheduler=self.case.scheduler,
-        )
+        chosen: dict[str, Any] = {"width": width, "height": height, "num_inference_steps": self.case.steps}
+        chosen |= {"scheduler": self.case.scheduler, "guidance_scale": self.case.guidance_scale}
+        if self.case.batch > 1:
+            chosen["count"] = self.case.batch
+        self.energy.start()
+        busy, start = time.process_time(), time.perf_counter()
+        stream = self.pipe.stream(self.case.prompts[prompt], seed=self.case.seed, **chosen)
         steps: list[float] = []
         while True:
             try:
-                steps.append(float(next(stream).seconds))
+                event = next(stream)
             except StopIteration as end:
                 result = end.value
                 break
-        seconds = time.perf_counter() - start
-        digest = hashlib.sha256(result.latents.tobytes() + result.images[0].tobytes()).hexdigest()
+            steps.append(float(event.seconds))
+            each(event)
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        energy = self.energy.stop()
+        pictures = [image.tobytes() for image in result.images]
+        digest = hashlib.sha256(b"".join([result.latents.tobytes(), *pictures])).hexdigest()
         stages = {k: float(v) for k, v in result.seconds.items()}
-        return result, {"seconds": seconds, "steps": steps, "stages": stages, "digest": digest}
+        timing = {"seconds": seconds, "steps": steps, "stages": stages, "digest": digest}
+        return result, {**timing, "cpu_s": busy, "energy": energy}
 
     def run(self, prompt: int) -> dict[str, Any]:
-        """One image: ``seconds`` from prompt to picture, ``steps`` and ``stages`` in seconds, ``digest`` of it."""
+        """One prompt: ``seconds`` to the picture, of the processor ``cpu_s``, ``steps``, ``stages``, ``digest``."""
         return self._generate(prompt)[1]
 
     def image(self, prompt: int, folder: str, stem: str) -> dict[str, Any]:
-        """One image, written as ``stem.png`` with its final latents as ``stem.npy`` (float32)."""
+        """One prompt, its first picture written as ``stem.png`` with its latents as ``stem.npy`` (float32).
+
+        ``stem.npy`` [steps, ...] holds them after every step, the last ones are the final.
+        """
         import numpy as np
 
-        result, timing = self._generate(prompt)
+        drift: list[np.ndarray] = []
+        result, timing = self._generate(prompt, lambda event: drift.append(np.array(event.latents, dtype=np.float32)))
         Path(folder).mkdir(parents=True, exist_ok=True)
-        result.images[0].convert("RGB").save(Path(folder) / f"{stem}.png")
-        np.save(Path(folder) / f"{stem}.npy", np.asarray(result.latents, dtype=np.float32), allow_pickle=False)
+        path = Path(folder) / f"{stem}.png"
+        result.images[0].convert("RGB").save(path)
+        latents = np.stack(drift) if drift else np.asarray(result.latents, dtype=np.float32)[None]
+        np.save(path.with_suffix(".npy"), latents, allow_pickle=False)
         parameters = json.loads(json.dumps(result.parameters, default=str))
-        return {**timing, "size": list(result.images[0].size), "parameters": parameters}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return {**timing, "size": list(result.images[0].size), "parameters": parameters, "sha256": digest}
+
+    def record(self, prompt: int, folder: str) -> dict[str, Any]:
+        """Keep what the components are fed and answer for one prompt; see `intaglio.bench.watching`."""
+        from intaglio.bench.watching import Keeper, picture_of, through
+
+        if not hasattr(self.pipe, "engines"):
+            return {"calls": None, "reason": "its components cannot be reached"}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        keeper = Keeper(Path(folder))
+
+        def advance(event: Any) -> None:
+            keeper.now = event.index + 1
+
+        with through(self.pipe, keeper.run):
+            result, _ = self._generate(prompt, advance)
+        keeper.close(picture_of(result))
+        return {"calls": len(keeper.calls), "reason": ""}
+
+    def replay(self, prompt: int, folder: str) -> dict[str, Any]:
+        """The errors of this case's components on what another one kept, and of its loop on the other's answers."""
+        from intaglio.bench.watching import played, replayed
+
+        if not hasattr(self.pipe, "engines"):
+            return {"calls": None, "loop": None, "reason": "its components cannot be reached"}
+        loop = played(self.pipe, Path(folder), lambda: self._generate(prompt)[0])
+        return {"calls": replayed(self.pipe, Path(folder)), "loop": loop, "reason": ""}
 
     def memory(self) -> dict[str, Any]:
-        """Host and device memory since before the load, and what the engines say they hold."""
-        from intaglio.bench.memory import host_memory_now
+        """Host and device memory since `watch`, and what the engines say they hold.
 
-        host = host_memory_now()
-        if self.peak_reason:
-            host.update(peak_bytes=None, reason=self.peak_reason)
-        host["before_load_bytes"] = self.before["resident_bytes"]
-        return {"host": host, "vram": self.probe.read(), "engines": self.pipe.memory()}
+        Raises:
+            UsageError: `watch` was not called first.
+        """
+        from intaglio.profiles.errors import UsageError
+
+        if self.watcher is None:
+            raise UsageError("memory is of a worker that is watched from the start")
+        self.watcher.mark("pictured")
+        return {"host": self.watcher.stop(), "vram": self.probe.read(), "engines": self.pipe.memory()}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do one request. What a ToolError says is for the user; anything else also leaves its traceback on stderr."""
         from intaglio.profiles.errors import ToolError
 
-        requests: dict[str, Callable[..., dict[str, Any]]]
-        requests = {"load": self.load, "run": self.run, "image": self.image, "memory": self.memory}
         do = request.pop("do")
         try:
-            return {"ok": requests[do](**request)}
+            method: Callable[..., dict[str, Any]] = getattr(self, REQUESTS[REQUESTS.index(do)])
+            return {"ok": method(**request)}
         except ToolError as error:
             return {"error": " ".join(str(error).split())}
         except Exception as error:

@@ -18,7 +18,7 @@ from intaglio.exporters.lora import fuse_module
 from intaglio.exporters.preview_vae import with_preview
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import Unsupported, UsageError
-from intaglio.profiles.registry import need
+from intaglio.profiles.registry import need, pick
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.quantize.decode import StoredWeight, decoded_weights
 from intaglio.quantize.formats import FORMATS
@@ -31,16 +31,22 @@ if TYPE_CHECKING:
     from intaglio.exporters.component import Component
 
 
+DTYPES = ("float32", "float64")
+
+
 class TorchEngine:
-    """One component in float32 eager mode, on CPU or CUDA."""
+    """One component in eager mode, on CPU or CUDA: in float32, or float64 (``dtype``) to see what rounding does."""
 
     def __init__(self, artifact: Artifact, component: str, options: EngineOptions) -> None:
         need("torch", extra="export")
         need("diffusers", extra="export")
-        refuse_leftovers("torch", options.settings, ())
+        refuse_leftovers("torch", options.settings, ("dtype",))
+        self.double = pick({d: d for d in DTYPES}, options.settings.get("dtype", DTYPES[0]), "torch.dtype") == DTYPES[1]
         self.record: ComponentRecord = artifact.manifest.components[component]
         self.device = torch_device(options.device)
         self.module = self._load(artifact, component, options).to(self.device).eval()
+        if self.double:
+            self.module.double()
         if options.threads:
             import torch
 
@@ -66,6 +72,8 @@ class TorchEngine:
         arrays = check_feeds(self.record, feeds)
         with torch.inference_mode():
             tensors = [torch.from_numpy(arrays[s.name]).to(self.device) for s in self.record.inputs]
+            if self.double:
+                tensors = [t.double() if t.is_floating_point() else t for t in tensors]
             outputs = self.module(*tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {s.name: o.float().cpu().numpy() for s, o in zip(self.record.outputs, outputs, strict=True)}

@@ -7,6 +7,7 @@ import ctypes
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class OnnxRuntimeEngine:
         self.provider, provider_options = provider_for(options.device, ort.get_available_providers())
         path = graph_path(artifact, component, self.provider)
         settings = session_options(ort, self.record, options, self.provider)
+        start = time.perf_counter()
         self.session: Any = _load(ort, path, settings, self.provider, provider_options, options.device)
+        self.compile_seconds = time.perf_counter() - start
         if self.session.get_providers()[0] != self.provider:
             raise Unsupported(f"ONNX Runtime came up on {self.session.get_providers()[0]} instead of {self.provider}")
         return_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,11 +56,13 @@ class OpenVinoEngine:
         settings = compile_settings(device, options.threads, self.precision, self.group if adjustable else None)
         if self.precision == "f16" and contract["activations_scale_factor"]:
             settings["ACTIVATIONS_SCALE_FACTOR"] = str(contract["activations_scale_factor"])
+        start = time.perf_counter()
         try:
             self.compiled: Any = core.compile_model(path, device, settings)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ToolError(f"OpenVINO cannot compile {path} for {device}: {reason}") from error
+        self.compile_seconds = time.perf_counter() - start
         self._check(device)
         self.request: Any = self.compiled.create_infer_request()
 

@@ -8,6 +8,7 @@ copies go through ``cuda.bindings.runtime`` (package ``cuda-bindings``): no torc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -58,11 +59,13 @@ class TensorRtEngine:
         self.cuda = Cuda(index)
         self.log = make_logger(self.trt)
         self.runtime: Any = self.trt.Runtime(self.log)
+        start = time.perf_counter()
         self.engine: Any = self.runtime.deserialize_cuda_engine(plan)
         self.context: Any = make_context(self.trt, self.engine) if self.engine is not None else None
         if self.context is None:
             self.cuda.close()
             raise ToolError(f"TensorRT cannot load {name}: {self._reason()}")
+        self.compile_seconds = time.perf_counter() - start
         self.profiles = [self._bounds(i) for i in range(self.engine.num_optimization_profiles)]
         self.profile = self.context.active_optimization_profile
 

@@ -146,6 +146,11 @@ class Pipeline:
         self.sampler.check(request)
         return request
 
+    @property
+    def compile_seconds(self) -> dict[str, float | None]:
+        """Seconds that each engine's backend took to read and compile its graph, ``None`` where it compiles nothing."""
+        return {name: getattr(engine, "compile_seconds", None) for name, engine in self.engines.loaded.items()}
+
     def memory(self) -> dict[str, dict[str, int | None]]:
         """What each engine says it holds, in bytes."""
         return {name: engine.memory() for name, engine in self.engines.loaded.items()}
