@@ -3,134 +3,24 @@
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from fake_bench import LOADER, artifact_at, cases_of, fast_workers, journal_of, measured
 
-from intaglio.bench import cli, demo, report, run
-from intaglio.bench.cases import Case, matrix, names_of, precision_of
+from intaglio.bench import assemble, cli, demo, matrix, report, run
+from intaglio.bench.cases import Case, names_of, precision_of
 from intaglio.bench.worker import Client, WorkerError, describe_exit, to_json
-from intaglio.profiles.artifact import Artifact, seal
 from intaglio.profiles.errors import ToolError, Unsupported, UsageError
-from intaglio.profiles.manifest import SCHEMA_VERSION, Manifest
-from intaglio.profiles.spec import ComponentRecord, StoredTensor
-from intaglio.runtimes.sampling import Result, StepEvent
 
 pytest.importorskip("flip_evaluator")
-PROMPTS = ("red heart", "红心 <b>&</b>")
-DELAYS = {"torch": 0.02, "onnxruntime": 0.01, "openvino": 0.005}
-
-
-class FakePipeline:
-    """Draws a disc whose colour depends on the prompt; other backends than torch are a little off."""
-
-    def __init__(self, backend, settings):
-        self.backend, self.settings, self.calls = backend, dict(settings or {}), 0
-
-    def stream(self, prompt, *, seed=0, width=None, height=None, num_inference_steps=None, **_):
-        from PIL import Image
-
-        self.calls += 1
-        print("a library talks on stdout", flush=True)
-        if self.settings.get("crash") == str(self.calls):
-            print("Segmentation fault, said the library", file=sys.stderr, flush=True)
-            os._exit(3)
-        if self.settings.get("hang") == str(self.calls):
-            time.sleep(60)
-        if self.settings.get("refuse") == str(self.calls):
-            raise UsageError("steps 0 is not allowed")
-        w, h = width or 64, height or 64
-        error = {"torch": 0.0, "onnxruntime": 0.0, "openvino": 6.0}.get(self.backend, 0.0)
-        steps = num_inference_steps or 2
-        latents = np.random.default_rng(seed).normal(size=(1, 4, h // 8, w // 8)).astype(np.float32)
-        latents += np.float32(error / 1000)
-        for index in range(steps):
-            time.sleep(DELAYS.get(self.backend, 0.001))
-            yield StepEvent(index=index, total=steps, timestep=1.0, latents=latents, seconds=0.01)
-        y, x = np.mgrid[0:h, 0:w]
-        disc = ((x - w / 2) ** 2 + (y - h / 2) ** 2 < (0.38 * w) ** 2)[..., None]
-        ink = np.array([200 if "red" in prompt else 90, 40, 60 + len(prompt)])
-        pixels = np.where(disc, ink + (x / w * 40)[..., None], 245) + error * np.sin(x / 5 + y / 9)[..., None]
-        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-        return Result(images=[image], latents=latents, seeds=[seed], seconds={"denoiser": 0.02}, parameters={"a": 1})
-
-    def memory(self):
-        return {"unet": {"weight_bytes": 10}}
-
-    def close(self):
-        pass
-
-
-def fake_load(artifact, *, backend, device, threads, checkpoint, settings, verify):
-    assert not verify
-    if backend == "broken":
-        raise Unsupported("backend broken is not there")
-    return FakePipeline(backend, settings)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Workers find this file, and need not wait for thread pools of engines that are not there."""
-    package = Path(report.__file__).parent.parent.parent
-    paths = [str(Path(__file__).parent), str(package), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setattr(run, "SETTLE", 0.0)
-
-
-def artifact_at(folder, *, format_="none", engines=()):
-    folder.mkdir(parents=True)
-    files = {}
-    for name in engines:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"p" * 1000)
-        files[name] = {"sm": "89" if "89" in name else 120}
-    (folder / "weights.bin").write_bytes(b"w" * 5000)
-    record = ComponentRecord(
-        inputs=(),
-        outputs=(),
-        targets=(),
-        weights={},
-        tensors={"w": StoredTensor(dtype="FLOAT", shape=(2,), offset=0, nbytes=8)},
-        source="unet",
-        parameters=2,
-        format=format_,
-    )
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        dtypes={},
-        licence=None,
-        family="sd",
-        name=folder.name,
-        components={"unet": record},
-        shapes={},
-        settings={},
-        recipe={"unet": format_},
-        contract={},
-        provenance={},
-        engines=files,
-        files={},
-    )
-    return Artifact(folder=folder, manifest=seal(folder, manifest, {}))
-
-
-def cases_of(*artifacts, backends=("torch", "onnxruntime", "openvino"), settings=None, **more):
-    found = matrix(artifacts, backends, prompts=PROMPTS, loader="test_bench:fake_load", **{"repeats": 3, **more})
-    if settings:
-        import dataclasses
-
-        label, values = settings
-        found = [dataclasses.replace(c, settings=values) if c.label == label else c for c in found]
-    return found
-
-
-def measured(tmp_path, *artifacts, timeout=60.0, **more):
-    out = tmp_path / "out"
-    out.mkdir()
-    table = {str(a.folder): a for a in artifacts}
-    return run.run_matrix(cases_of(*artifacts, **more), table, out, command="intaglio bench x", timeout=timeout)
+    """Workers are found and need not settle."""
+    fast_workers(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +30,7 @@ def finished(tmp_path_factory):
         paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setattr(run, "SETTLE", 0.0)
-        patch.setattr(run, "gpus", lambda: ([], "no NVIDIA GPU"))
+        patch.setattr(assemble, "gpus", lambda: ([], "no NVIDIA GPU"))
         base = tmp_path_factory.mktemp("bench")
         artifacts = (
             artifact_at(base / "fp32"),
@@ -150,9 +40,9 @@ def finished(tmp_path_factory):
                 engines=("unet/a.sm89.engine", "unet/b.sm89.engine", "unet/a.sm120.engine"),
             ),
         )
-        result = measured(base, *artifacts)
-        report.write(result, base / "out")
-        return base / "out", result
+        result = measured(base, *artifacts, thorough=True)
+        report.write(result, base / ".out.partial")
+        return base / ".out.partial", result
 
 
 def test_every_case_and_every_plan_has_a_row(finished):
@@ -277,11 +167,12 @@ def test_the_order_is_seeded_and_changes_from_round_to_round():
 def test_rounds_are_interleaved_in_the_reported_order(tmp_path):
     said = []
     artifact = artifact_at(tmp_path / "a")
-    (tmp_path / "out").mkdir()
     cases = cases_of(artifact, backends=("torch", "openvino"))
-    result = run.run_matrix(cases, {str(artifact.folder): artifact}, tmp_path / "out", command="", tell=said.append)
+    journal = journal_of(tmp_path / "out", cases, [artifact])
+    table = {str(artifact.folder): artifact}
+    result = run.run_matrix(cases, table, journal, command="", thorough=False, tell=said.append)
     rounds = [re.match(r"round (\d+) of 3: (.*)", s).groups() for s in said if s.startswith("round")]
-    assert rounds == [(str(i + 1), label) for i, order in enumerate(result["orders"]) for label in order]
+    assert rounds == [(str(i + 1), label) for i, order in enumerate(result["orders"]) for label in order["order"]]
 
 
 def test_a_crash_is_that_cases_error_with_its_last_words(tmp_path):
@@ -292,7 +183,7 @@ def test_a_crash_is_that_cases_error_with_its_last_words(tmp_path):
     assert "Segmentation fault, said the library" in row["error"]
     assert [c["status"] for c in result["cases"][:2]] == ["ok", "ok"]
     assert "Segmentation" in report.table(result)
-    report.write(result, tmp_path / "out")
+    report.write(result, tmp_path / ".out.partial")
 
 
 def test_a_hang_is_an_error_after_the_timeout(tmp_path):
@@ -314,23 +205,26 @@ def test_a_refusal_is_one_line_and_leaves_the_others_alone(tmp_path):
 
 def test_without_any_measured_case_there_is_no_report(tmp_path):
     artifact = artifact_at(tmp_path / "a")
-    bad = Case(
-        artifact=str(artifact.folder), label="a/broken", backend="broken", prompts=("x",), loader="test_bench:fake_load"
-    )
+    bad = Case(artifact=str(artifact.folder), label="a/broken", backend="broken", prompts=("x",), loader=LOADER)
     with pytest.raises(ToolError, match="backend broken is not there"):
-        run.run_matrix([bad], {str(artifact.folder): artifact}, tmp_path, command="")
+        run.run_matrix(
+            [bad],
+            {str(artifact.folder): artifact},
+            journal_of(tmp_path / "out", [bad], [artifact]),
+            command="",
+        )
 
 
 def test_no_worker_outlives_the_benchmark(tmp_path):
     import psutil
 
-    measured(tmp_path, artifact_at(tmp_path / "a"), backends=("torch",), repeats=1)
+    measured(tmp_path, artifact_at(tmp_path / "a"), backends=("torch",), rounds=1)
     lines = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
     assert not [line for line in lines if "intaglio.bench.worker" in line]
 
 
 def test_a_worker_that_died_between_requests_is_an_error():
-    case = Case(artifact="x", label="x", backend="torch", prompts=("x",), loader="test_bench:fake_load")
+    case = Case(artifact="x", label="x", backend="torch", prompts=("x",), loader=LOADER)
     client = Client(case, timeout=30)
     client.ask("load", case=to_json(case))
     client.process.kill()
@@ -347,7 +241,7 @@ def test_matrix_refuses_what_would_measure_nothing(tmp_path):
         {"backends": ()},
         {"backends": ("torch", "torch")},
         {"backends": ("onyxruntime",)},
-        {"backends": ("torch",), "repeats": 0},
+        {"backends": ("torch",), "rounds": 0},
     ):
         with pytest.raises(UsageError):
             cases_of(artifact, **bad)
@@ -398,28 +292,26 @@ def test_force_does_not_replace_what_is_not_a_report(tmp_path):
 def bench(monkeypatch, *arguments):
     import argparse
 
-    import intaglio.bench.cases as cases
-
     parser = argparse.ArgumentParser()
     cli.configure(parser)
-    monkeypatch.setattr(cli, "matrix", lambda *a, **k: cases.matrix(*a, **k, loader="test_bench:fake_load"))
+    monkeypatch.setattr(cli, "with_flags", lambda said, flags: matrix.with_flags({**said, "loader": LOADER}, flags))
     return cli.run(parser.parse_args([str(a) for a in arguments]))
 
 
 def test_the_verb_writes_the_report_and_prints_the_table(tmp_path, monkeypatch, capsys):
     artifact_at(tmp_path / "a")
-    options = ("--backend", "torch", "--backend", "onnxruntime", "--rounds", 2, "--size", "48x64", "--prompt", "红心")
+    options = ("--quick", "--backend", "torch,onnxruntime", "--rounds", 2, "--size", "48x64", "--prompt", "red")
     assert bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep", *options) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0].startswith("artifact")
     assert "report.html" in captured.err
     data = json.loads((tmp_path / "rep/report.json").read_text(encoding="utf-8"))
     assert data["cases"][0]["prompts"][0]["size"] == [48, 64]
-    assert data["command"].startswith("intaglio bench a -o rep --backend torch")
+    assert data["command"].startswith("intaglio bench a -o rep --prompt red --backend torch,onnxruntime")
     with pytest.raises(UsageError, match="--force"):
         bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep")
     assert bench(monkeypatch, tmp_path / "a", "-o", tmp_path / "rep", *options, "--force", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 1
+    assert json.loads(capsys.readouterr().out)["schema_version"] == 2
 
 
 def test_a_wrong_value_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -441,8 +333,6 @@ def test_tensorrt_without_a_gpu_is_one_line(monkeypatch):
 def test_the_demo_builds_both_precisions_and_publishes(tmp_path, monkeypatch, capsys):
     import argparse
 
-    import intaglio.bench.cases as cases
-
     def build_all(checkpoint, folder):
         import shutil
 
@@ -451,8 +341,8 @@ def test_the_demo_builds_both_precisions_and_publishes(tmp_path, monkeypatch, ca
         return {str(a.folder): a for a in found}
 
     monkeypatch.setattr(demo, "build_all", build_all)
-    monkeypatch.setattr(demo, "default_backends", lambda: ("torch", "openvino"))
-    monkeypatch.setattr(demo, "matrix", lambda *a, **k: cases.matrix(*a, **k, loader="test_bench:fake_load"))
+    monkeypatch.setattr(demo, "default_backends", lambda: ("torch", "onnxruntime"))
+    monkeypatch.setattr(demo, "matrix", lambda *a, **k: matrix.matrix(*a, **k, loader=LOADER))
     parser = argparse.ArgumentParser()
     demo.configure(parser)
     args = parser.parse_args(["-o", str(tmp_path / "demo"), "--rounds", "1"])
@@ -481,8 +371,8 @@ def test_a_busy_machine_and_an_unsteady_case_are_said(finished):
 
 
 def test_spread_of_a_few_has_their_range_for_an_interval_and_no_percentile():
-    found = run.spread([3.0, 1.0, 2.0])
+    found = assemble.spread([3.0, 1.0, 2.0])
     extremes = {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3, "mad": 1.0, "iqr": 1.0, "interval": [1.0, 3.0]}
-    assert found == extremes | {"percentiles": {}, "values": [3.0, 1.0, 2.0]}
-    assert run.spread(range(1, 60))["percentiles"].keys() == {"p90", "p95"}
-    assert run.spread([]) is None
+    assert found == extremes | {"percentiles": {}, "steady": False, "values": [3.0, 1.0, 2.0]}
+    assert assemble.spread(range(1, 60))["percentiles"].keys() == {"p90", "p95"}
+    assert assemble.spread([]) is None
