@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from intaglio.bench.cases import Case, backend_bytes, precision_of, support_labels, unquantized
 from intaglio.bench.fidelity import against, heat_map, limits_of, rounded, verdict
@@ -13,6 +14,9 @@ from intaglio.bench.matrix import AXES, show
 from intaglio.bench.memory import gpus
 from intaglio.bench.statistics import as_json, summary
 from intaglio.profiles.artifact import Artifact
+
+if TYPE_CHECKING:
+    from intaglio.bench.learned import LearnedMetric
 
 SCHEMA_VERSION = 2
 UNSTEADY = 1.25  # slowest over fastest; the bound SGLang's diffusion CI sets for a baseline (PERFORMANCE.md)
@@ -122,7 +126,7 @@ def energy_of(runs: Sequence[Event], batch: int) -> Row:
     return {"joules": joules, "pictures_per_kwh": each, "source": runs[0]["energy"]["source"], "reason": ""}
 
 
-def compared_rows(rows: Sequence[Row], reference: Row, cases: Mapping[str, Case], journal: Journal) -> None:
+def compared_rows(rows: Sequence[Row], reference: Row, journal: Journal, learned: Mapping[str, LearnedMetric]) -> None:
     """Speed and pictures of a group's rows against its reference, into them."""
     folder = journal.folder
     base = timed(journal, reference["label"])
@@ -143,17 +147,18 @@ def compared_rows(rows: Sequence[Row], reference: Row, cases: Mapping[str, Case]
             else None
         )
         row["reference"] = reference["label"]
-        found = against([p["image"] for p in row["prompts"]], images, folder)
+        texts = [p["prompt"] for p in row["prompts"]]
+        found = against([p["image"] for p in row["prompts"]], images, folder, texts, learned)
         for picture, figures in zip(row["prompts"], found["prompts"], strict=False):
             picture.update(figures)
         if row is not reference:
             for picture, truth in zip(row["prompts"] if found["prompts"] else (), images, strict=False):
                 picture["heat"] = heat_map(picture["image"], truth, folder)
         row["worst"], row["drift"], row["fidelity_reason"] = found["worst"], found["drift"], found["reason"]
-        row["same_backend"] = same_backend(row, rows, cases, folder)
+        row["same_backend"] = same_backend(row, rows, folder)
 
 
-def same_backend(row: Row, rows: Sequence[Row], cases: Mapping[str, Case], folder: Any) -> Row | None:
+def same_backend(row: Row, rows: Sequence[Row], folder: Path) -> Row | None:
     """A quantized row against the unquantized graph of its backend; None where there is none, or it is that itself."""
     wanted = (row["backend"], row["device"], row["threads"])
     for other in rows:
@@ -213,6 +218,7 @@ def assemble(
     isolation: str,
     grid: Sequence[str],
     limits: Mapping[str, float] | None = None,
+    learned: Mapping[str, LearnedMetric] | None = None,
 ) -> Row:
     """The report. Heat maps are written beside the pictures; nothing else is.
 
@@ -224,6 +230,7 @@ def assemble(
         isolation: of the matrix.
         grid: of the matrix.
         limits: of `intaglio.bench.fidelity.verdict`.
+        learned: further metrics of pictures, by key.
     """
     by_label = {c.label: c for c in cases}
     rows = {c.label: measured_row(c, artifacts[c.artifact], journal) for c in cases}
@@ -237,7 +244,7 @@ def assemble(
             failed = reference["label"]
             reference = next((r for r in members if r["image_s"]), reference)
             why = f"{reference['label']}: the first case that runs, because {failed} failed"
-        compared_rows(members, reference, by_label, journal)
+        compared_rows(members, reference, journal, learned or {})
         first = by_label[reference["label"]]
         picture = {a: show(a, getattr(first, a)) for a in ("size", "batch", "steps", "scheduler", "guidance_scale")}
         groups.append(
@@ -249,10 +256,12 @@ def assemble(
                 "noise_floor": noise_of(journal, reference),
             }
         )
+    directions = {key: metric.higher_is_better for key, metric in (learned or {}).items()}
     for label, row in rows.items():
         if row["status"] == "ok":
             case = by_label[label]
-            row["verdict"] = verdict(row, limits_of(artifacts[case.artifact], case.backend), limits or {})
+            own = limits_of(artifacts[case.artifact], case.backend)
+            row["verdict"] = verdict(row, own, limits or {}, directions)
     sittings, ends = journal.of("sitting"), journal.of("end")
     names = {c.artifact: c.name or c.label.rpartition("/")[0] for c in cases}
     reference = rows[groups[0]["reference"]]
@@ -269,6 +278,8 @@ def assemble(
         "parent_cpu_s": rounded(sum(e["parent_cpu_s"] for e in ends)),
         "reference": {"label": reference["label"], "backend": reference["backend"], "why": groups[0]["why"]},
         "settings": settings_of(cases[0], seed, isolation),
+        "limits": dict(limits or {}),
+        "learned": {key: metric.name for key, metric in (learned or {}).items()},
         "axes": {a: values for a, values in swept.items() if len(values) > 1},
         "grid": list(grid),
         "orders": [{"turn": e["turn"], "order": e["order"]} for e in journal.of("round")],

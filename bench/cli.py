@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isolation", metavar="I", help="shared (default): a process a case; fresh: one a round")
     parser.add_argument("--quick", action="store_true", help="speed and pictures alone: no memory, components, floor")
     parser.add_argument("--limit", action="append", metavar="M=V", help="a metric's limit in place of the format's own")
+    parser.add_argument("--metrics-dir", type=Path, metavar="DIR", help="learned metrics with their weights")
     parser.add_argument("--checkpoint", metavar="C", help="where the torch backend finds the checkpoint")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="seconds one answer may take (900)")
     parser.add_argument("--dry-run", action="store_true", help="list the cases and how long they will take")
@@ -74,6 +75,8 @@ def command_line(args: argparse.Namespace, names: Sequence[str]) -> str:
             words += [f"--{key}", str(getattr(args, key))]
     if args.quick:
         words.append("--quick")
+    if args.metrics_dir:
+        words += ["--metrics-dir", args.metrics_dir.name]
     if args.checkpoint:
         words += ["--checkpoint", Path(args.checkpoint).name]
     return shlex.join(words)
@@ -124,7 +127,7 @@ def read_matrix(args: argparse.Namespace) -> tuple[list[Path], Matrix]:
     return list(chosen), with_flags(said, flags)
 
 
-def read_limits(texts: Sequence[str] | None) -> dict[str, float]:
+def read_limits(texts: Sequence[str] | None, learned: Mapping[str, Any]) -> dict[str, float]:
     """``--limit psnr=30`` as numbers by metric.
 
     Raises:
@@ -133,7 +136,7 @@ def read_limits(texts: Sequence[str] | None) -> dict[str, float]:
     found = {}
     for text in texts or ():
         name, equal, value = text.partition("=")
-        pick({**METRICS, "latents_relative_l2": None}, name, "metric")
+        pick({**METRICS, **learned}, name, "metric")
         try:
             found[name] = float(value)
         except ValueError:
@@ -151,9 +154,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from intaglio.bench.estimate import known_rows, listing
     from intaglio.bench.journal import begin, plan_of, publishing
-    from intaglio.bench.run import run_matrix
+    from intaglio.bench.learned import load_metrics
+    from intaglio.bench.run import PARTS, run_matrix
 
-    limits = read_limits(args.limit)
+    learned = load_metrics(args.metrics_dir) if args.metrics_dir else {}
+    limits = read_limits(args.limit, learned)
     folders, matrix = read_matrix(args)
     if not args.dry_run and not args.resume:
         check_target(args.output, force=args.force)
@@ -173,9 +178,10 @@ def run(args: argparse.Namespace) -> int:
             seed=matrix.seed,
             timeout=args.timeout,
             isolation=matrix.isolation,
-            thorough=not args.quick,
+            parts=() if args.quick else PARTS,
             grid=matrix.grid,
             limits=limits,
+            learned=learned,
             tell=tell,
         )
         write(report, folder)

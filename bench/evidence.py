@@ -110,6 +110,14 @@ CHECKS = {
         ),
         about="builds killed at every change of the file system, and resumed; artifacts replaced in use; verification",
     ),
+    "faults": Check(
+        run="intaglio.bench.evidence_faults:measure",
+        sources=(
+            *(f"bench/{n}.py" for n in ("faults", "evidence_faults", "fidelity", "watching", "metrics", "run")),
+            *("profiles/certificate.toml", "runtimes/loop.py", "runtimes/sd.py"),
+        ),
+        about="faults that exports have had, put in on purpose: all found at default limits, none in sound runs",
+    ),
     "fresh_clone": Check(
         run="intaglio.bench.evidence_fresh_clone:measure",
         sources=("Makefile", "constraints.txt", "pyproject.toml", ".ci/run"),

@@ -266,6 +266,8 @@ def fidelity(cell: Cell, cells: Sequence[Cell], shared: Sequence[Pick], folder: 
     rows = [compare(mine, theirs) for mine, theirs in both]
     result: dict[str, Any] = {"identical": sum(row["identical"] for row in rows)}
     for name, metric in METRICS.items():
+        if any(name in row["reasons"] for row in rows):  # such as a picture smaller than the metric needs
+            continue
         values = [np.inf if row[name] is None else row[name] for row in rows]
         made = {"median": np.median(values), "worst": (min if metric.higher_is_better else max)(values)}
         result[name] = {k: round(float(v), 5) if np.isfinite(v) else None for k, v in made.items()}

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.bench.metrics import METRICS, flip_map, measure, worst
+from intaglio.bench.enforce import enforce
+from intaglio.bench.metrics import flip_map, measure, worst
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.certificate import Allowed, allowed, load_rules
 from intaglio.profiles.errors import UsageError
 from intaglio.runtimes.certificate import TARGETS, allowed_on
 from intaglio.runtimes.fidelity import relative_l2
+
+if TYPE_CHECKING:
+    from intaglio.bench.learned import LearnedMetric
 
 LOOP = 1e-6  # relative L2 of what a loop feeds its components, given the reference's answers; measured 0.0
 DIGITS = 6
@@ -34,7 +38,13 @@ def read_picture(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def against(images: Sequence[str], reference: Sequence[str], folder: Path) -> Row:
+def against(
+    images: Sequence[str],
+    reference: Sequence[str],
+    folder: Path,
+    prompts: Sequence[str] = (),
+    learned: Mapping[str, LearnedMetric] | None = None,
+) -> Row:
     """Pictures judged against the reference's, prompt by prompt.
 
     Args:
@@ -42,6 +52,8 @@ def against(images: Sequence[str], reference: Sequence[str], folder: Path) -> Ro
             ``.npy`` [steps, pictures, C, h, w].
         reference: likewise.
         folder: of the run.
+        prompts: their texts, for learned metrics that read them.
+        learned: further metrics (`intaglio.bench.learned`), by key.
 
     Returns:
         ``prompts``: metrics and ``latents_relative_l2`` of each; ``worst`` of them; ``drift``: relative L2 of the
@@ -54,7 +66,9 @@ def against(images: Sequence[str], reference: Sequence[str], folder: Path) -> Ro
     for index, (mine, theirs) in enumerate(zip(images, reference, strict=True)):
         paths = [folder / mine, folder / theirs]
         try:
-            row = measure(read_picture(paths[0]), read_picture(paths[1]))
+            image, truth = (read_picture(p) for p in paths)
+            row = measure(image, truth)
+            row |= learned_values(learned or {}, image, truth, prompts[index] if prompts else None)
             latents = [np.load(p.with_suffix(".npy"), allow_pickle=False) for p in paths]
             row["latents_relative_l2"] = rounded(relative_l2(*(steps[-1] for steps in latents)))
             if index == 0 and len(latents[0]) == len(latents[1]):
@@ -63,7 +77,32 @@ def against(images: Sequence[str], reference: Sequence[str], folder: Path) -> Ro
             found.update(prompts=[], drift=[], reason=str(problem))
             return found
         found["prompts"].append({k: rounded(v) if isinstance(v, float) else v for k, v in row.items()})
-    found["worst"] = worst(found["prompts"])
+    found["worst"] = worst_of(found["prompts"], learned or {})
+    for key, metric in (learned or {}).items():
+        if metric.of_sets:
+            sides = [[read_picture(folder / name) for name in side] for side in (images, reference)]
+            try:
+                found["worst"][key] = rounded(metric.measure_sets(*sides))
+            except UsageError as problem:
+                found["worst"][key], found["worst"]["reasons"][key] = None, str(problem)
+    return found
+
+
+def learned_values(
+    learned: Mapping[str, LearnedMetric], image: np.ndarray, reference: np.ndarray, prompt: str | None
+) -> Row:
+    """The learned metrics of one pair, by key."""
+    pairs = {key: metric for key, metric in learned.items() if not metric.of_sets}
+    return {k: m.measure(image, reference, prompt if m.needs_prompt else None) for k, m in pairs.items()}
+
+
+def worst_of(rows: Sequence[Row], learned: Mapping[str, LearnedMetric]) -> Row:
+    """The worst value of each metric over the prompts, and the reasons of those that have none."""
+    found = worst(rows)
+    for key, metric in learned.items():
+        values = [row[key] for row in rows if row.get(key) is not None]
+        found[key] = (min if metric.higher_is_better else max)(values) if values else None
+    found["reasons"] = {name: reason for row in rows for name, reason in row["reasons"].items()}
     return found
 
 
@@ -85,31 +124,27 @@ def limits_of(artifact: Artifact, backend: str) -> Allowed | None:
     return allowed_on(load_rules(), artifact, backend, components)
 
 
-def verdict(row: Row, limits: Allowed | None, chosen: Mapping[str, float]) -> Row:
+def verdict(
+    row: Row, limits: Allowed | None, chosen: Mapping[str, float], learned: Mapping[str, bool] | None = None
+) -> Row:
     """Whether a measured row is within its limits.
 
     Args:
         row: with ``worst``, ``components``, ``loop``.
         limits: of its formats.
         chosen: limits the user gave instead, by metric; one without a value is exceeded.
+        learned: further metrics: key to whether higher is better.
 
     Returns:
         ``passed`` (None where nothing could be judged) and ``exceeded``: a sentence each.
     """
-    exceeded: list[str] = []
-    worst_of = row.get("worst") or {}
-    wanted = {**({"psnr": limits.psnr, "ssim": limits.ssim} if limits else {}), **chosen}
-    judged = 0
-    for name, limit in wanted.items():
-        value = worst_of.get(name)
-        if value is None:
-            if name in chosen and not worst_of.get("identical"):
-                exceeded.append(f"{name} has no value, and --limit {name}={limit:g} wants one")
-            continue
-        judged += 1
-        higher = METRICS[name].higher_is_better if name in METRICS else False
-        if (value < limit) if higher else (value > limit):
-            exceeded.append(f"{name} {value:.4g}, allowed {limit:g} or {'more' if higher else 'less'}")
+    figures = row.get("worst") or {}
+    own = {"psnr": limits.psnr, "ssim": limits.ssim} if limits else {}
+    # a picture too small for a metric is not at fault; a limit that the user gave wants its value
+    known = {n: v for n, v in own.items() if figures.get(n) is not None or figures.get("identical")}
+    wanted = {**known, **chosen} if figures else dict(chosen)
+    exceeded = enforce(figures, wanted, learned)
+    judged = len(wanted)
     for call in row.get("components") or ():
         most = limits.components.get(call["component"]) if limits else None
         if call["reason"]:

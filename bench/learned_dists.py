@@ -21,9 +21,17 @@ HANN = (0.25, 0.5, 0.25)  # a Hann window of five without its zeros, of sum 1
 
 @dataclass(frozen=True)
 class Options:
-    """Keys of the table: the resize rule. The authors shrink larger pictures with ``short 256 bilinear``."""
+    """Keys of the table: the resize rule. The authors shrink larger pictures with ``short 256 bilinear``.
+
+    Raises:
+        UsageError: the rule is unknown.
+    """
 
     resize: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown rule while its place in the file is known."""
+        Resize(self.resize)
 
 
 def l2_pool(x: Any) -> Any:

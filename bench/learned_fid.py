@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,6 +45,7 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what would be another metric than the one declared."""
         pick(INPUTS, self.input, "input")
+        Resize(self.resize)
         if (self.input == "float32") != (len(self.range) == 2):
             raise UsageError("range = [low, high] goes with input = 'float32', and only with it")
         if self.batch < 1 or self.minimum < 2:
@@ -143,30 +146,28 @@ class Fid(LearnedMetric):
             if len(pictures) < self.options.minimum:
                 message = f"{self.key} of {len(pictures)} {what} pictures; needs {self.options.minimum} or more"
                 raise UsageError(f"{message} (minimum in {self.files.where})")
-        value = frechet(self.moments(images), self.moments(references))
+        shape = self.resize(images[0]).shape
+        value = frechet(self.moments(images, shape), self.moments(references, shape))
         if not np.isfinite(value):
             raise NumericsError(f"{self.name} is {value}; look for NaN in its features")
         return value
 
-    def moments(self, pictures: Sequence[np.ndarray]) -> Moments:
+    def moments(self, pictures: Sequence[np.ndarray], shape: tuple[int, ...]) -> Moments:
         """Of the features of one set, which is read a batch at a time. Errors as `measure_sets`."""
-        total: Moments | None = None
+        parts = []
         for start in range(0, len(pictures), self.options.batch):
             chosen = [pictures[i] for i in range(start, min(start + self.options.batch, len(pictures)))]
-            found = Moments.of(self.features(chosen))
-            total = found if total is None else total + found
-        assert total is not None  # minimum is 2 or more
-        return total
+            parts.append(Moments.of(self.features(chosen, shape)))
+        return functools.reduce(operator.add, parts)
 
-    def features(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """The extractor's output, float32 [B, D]."""
+    def features(self, pictures: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """The extractor's output, float32 [B, D], of pictures that have this shape once they are resized."""
         for picture in pictures:
             check(picture)
         resized = [self.resize(picture) for picture in pictures]
-        if len(shapes := {x.shape for x in resized}) > 1:
-            raise UsageError(
-                f"{self.key}: pictures of shapes {sorted(shapes)} in one batch; write a square resize rule"
-            )
+        if others := {x.shape for x in resized} - {shape}:
+            message = f"{self.key}: pictures of shapes {shape} and {sorted(others)[0]}"
+            raise UsageError(f"{message}; give them one with resize = 'square 299 bicubic' or the extractor's own rule")
         batch = np.stack(resized).transpose(0, 3, 1, 2)
         if self.options.range:
             low, high = self.options.range

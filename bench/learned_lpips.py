@@ -20,10 +20,19 @@ TINY = 1e-10  # added to a feature's length before dividing by it, as the author
 
 @dataclass(frozen=True)
 class Options:
-    """Keys of the table: the network and the resize rule."""
+    """Keys of the table: the network and the resize rule.
+
+    Raises:
+        UsageError: one of them is unknown.
+    """
 
     net: str
     resize: str = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse what is unknown while its place in the file is known."""
+        pick(BACKBONES, self.net, "net")
+        Resize(self.resize)
 
 
 class Lpips(LearnedMetric):
@@ -38,7 +47,7 @@ class Lpips(LearnedMetric):
 
     def load(self) -> None:
         """Read backbone and heads."""
-        self.backbone = pick(BACKBONES, self.options.net, f"net of [{self.key}]")
+        self.backbone = BACKBONES[self.options.net]
         self.resize = Resize(self.options.resize)
         heads = {f"lin{k}.model.1.weight": (1, c, 1, 1) for k, c in enumerate(self.backbone.channels)}
         self.state = take(self.files.tensors(), shapes_of(self.backbone) | heads, self.files.where)

@@ -135,17 +135,17 @@ def loadgen_process(task: Task, folder: Path) -> Iterator[tuple[Arrivals, Callab
         listener = threading.Thread(target=listen, args=(incoming, arrivals), daemon=True)
         listener.start()
 
-        def answer(identifiers: list[int]) -> bool:
+        def send(message: Mapping[str, Any]) -> bool:
             try:
-                print(json.dumps({"complete": identifiers}), file=outgoing, flush=True)
+                print(json.dumps(message), file=outgoing, flush=True)
             except OSError:
                 return False  # it is gone: the queue ends, and the block with the reason
             return True
 
         try:
-            first = {"scenario": task.scenario, "settings": dict(task.settings), "samples": task.samples}
-            print(json.dumps({"task": {**first, "folder": str(folder)}}), file=outgoing, flush=True)
-            yield arrivals, answer
+            told = {"scenario": task.scenario, "settings": dict(task.settings), "samples": task.samples}
+            send({"task": {**told, "folder": str(folder)}})
+            yield arrivals, lambda identifiers: send({"complete": identifiers})
             if process.wait() != 0:
                 errors.seek(0)
                 said = " ".join(errors.read().decode("utf-8", "replace")[-TAIL:].split())

@@ -170,7 +170,9 @@ def run_scenario(args: argparse.Namespace) -> int:
                 report = measure(args.scenario, rules, prompts, subject, folder, target_qps=args.target_qps, tell=tell)
             made = pipeline.artifact.manifest
             report["artifact"] = {"name": made.name, "family": made.family, "digest": made.digest}
-            report["ran"] = {key: getattr(args, key) for key in ("backend", "device", "threads", "steps", "seed")}
+            steps = args.steps or made.settings["num_inference_steps"]
+            report["ran"] = {key: getattr(args, key) for key in ("backend", "device", "threads", "seed")}
+            report["ran"]["steps"] = steps
             report["machine"] = fingerprint()
             text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             (folder / REPORT).write_text(text, encoding="utf-8")
@@ -185,7 +187,7 @@ def table(report: Mapping[str, Any]) -> str:
     metric, check = report["metric"], report["cross_check"]
     return (
         f"{report['scenario']}, {report['profile']}: {'VALID' if report['valid'] else 'INVALID'}\n"
-        f"{metric['name']}: {metric['value']:.4g} {metric['unit']}\n"
+        f"{metric['name']}: {metric['value']:.4g}{' s' if metric['unit'] == 's' else ''}\n"
         f"mean latency: {check['loadgen_mean_s']:.4g} s of {report['latency_s']['n']} samples by LoadGen's clock, "
         f"{check['ours_mean_s']:.4g} s by ours\n"
         f"{report['note']}\n"

@@ -36,6 +36,7 @@ PACKAGES = (
     "diffusers",
     "transformers",
     "flip-evaluator",
+    "mlcommons_loadgen",
 )
 
 

@@ -15,7 +15,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intaglio.bench.assemble import assemble
 from intaglio.bench.cases import Case, unquantized
@@ -27,8 +27,12 @@ from intaglio.bench.seat import Seat
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import ToolError
 
+if TYPE_CHECKING:
+    from intaglio.bench.learned import LearnedMetric
+
 SETTLE = 0.3  # seconds; thread pools of torch (OpenMP) and OpenVINO (TBB) spin up to 0.2 s after their last work
 Tell = Callable[[str], None]
+PARTS = ("components", "memory", "noise")  # component errors, memory, the reference's noise floor
 CALLS = "calls"  # scratch folder of what the reference's components are fed
 
 
@@ -64,9 +68,10 @@ def run_matrix(
     seed: int = 0,
     timeout: float = 900.0,
     isolation: str = "shared",
-    thorough: bool = True,
+    parts: Sequence[str] = PARTS,
     grid: Sequence[str] = (),
     limits: Mapping[str, float] | None = None,
+    learned: Mapping[str, LearnedMetric] | None = None,
     tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every case that the journal does not have yet and return the report; pictures go under its folder.
@@ -79,9 +84,10 @@ def run_matrix(
         seed: of the interleaving.
         timeout: seconds one answer of a worker may take; loading a large model on a small machine needs many.
         isolation: ``shared`` or ``fresh``, see `intaglio.bench.matrix.Matrix`.
-        thorough: also memory, component errors and the noise floor, each in processes of their own.
+        parts: of PARTS, what is found beside speed and pictures.
         grid: axes that the report shows as a grid of pictures.
         limits: by metric, in place of the formats' own.
+        learned: further metrics of pictures, by key.
         tell: called with a short text before each piece of work.
 
     Raises:
@@ -109,11 +115,11 @@ def run_matrix(
                 measure_fresh(seats, seed, tell)
             else:
                 measure_shared(seats, seed, tell)
-            if thorough:
+            if "components" in parts:
                 errors_of_components(seats, chosen, journal)
-        if thorough:
-            for seat in seats:
-                seat.weigh()
+        for seat in seats if "memory" in parts else ():
+            seat.weigh()
+        if "noise" in parts:
             noise_floor(seats[chosen])
     tell("fidelity")
     journal.write(
@@ -126,7 +132,9 @@ def run_matrix(
     if not any(journal.has("timed", case=c.label) for c in cases):
         error = next((e["error"] for e in journal.of("error", case=cases[0].label)), "nothing was measured")
         raise ToolError(f"no case could be measured; {cases[0].label}: {error}")
-    return assemble(journal, cases, artifacts, seed=seed, isolation=isolation, grid=grid, limits=limits)
+    return assemble(
+        journal, cases, artifacts, seed=seed, isolation=isolation, grid=grid, limits=limits, learned=learned
+    )
 
 
 def own_cpu() -> float:

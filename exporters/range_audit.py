@@ -20,6 +20,7 @@ from intaglio.exporters.store import GRAPH
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import NumericsError, Unsupported
 from intaglio.profiles.family import Contract
+from intaglio.profiles.registry import need
 from intaglio.quantize.layers import PARAMETER
 from intaglio.runtimes.engine import EngineOptions, check_feeds
 from intaglio.runtimes.pipeline import Pipeline
@@ -44,7 +45,7 @@ class AuditEngine:
     """A component on ONNX Runtime in float32 that keeps the peak of every tensor float16 would hold."""
 
     def __init__(self, artifact: Artifact, component: str, contract: Contract, place: Place) -> None:
-        import onnxruntime as ort
+        ort = need("onnxruntime", extra="onnxruntime")
 
         self.record, self.place = artifact.manifest.components[component], place
         path = artifact.component(component) / AUDIT_GRAPH

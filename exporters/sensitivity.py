@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from intaglio.exporters.store import DATA, GRAPH
+from intaglio.profiles.registry import need
 from intaglio.quantize.formats import codec
 from intaglio.quantize.layers import Layer, find_layers
 from intaglio.quantize.rewrite import drop_unused, insert
@@ -86,7 +87,7 @@ class Probe:
         feeds: Sequence[Mapping[str, np.ndarray]],
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        import onnxruntime as ort
+        ort = need("onnxruntime", extra="onnxruntime")
 
         model = ir.load(folder / GRAPH)
         wanted = set(parameters)
@@ -194,7 +195,7 @@ def switched(
 
 def open_session(model: ir.Model, path: Path) -> Any:
     """The graph on ONNX Runtime in float32; the file is removed again."""
-    import onnxruntime as ort
+    ort = need("onnxruntime", extra="onnxruntime")
 
     ir.save(model, path)
     options = ort.SessionOptions()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -57,6 +58,8 @@ def need(module: str, *, extra: str) -> ModuleType:
     """
     if module.partition(".")[0] == "openvino":  # which tells Google Analytics of every import where it finds this
         sys.modules.setdefault("openvino_telemetry", cast("ModuleType", None))
+    if module.partition(".")[0] == "onnxruntime":  # since 1.29 reports to Microsoft from Linux, too, from its import on
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

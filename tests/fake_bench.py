@@ -139,9 +139,9 @@ def journal_of(out, cases, artifacts, *, resume=False, force=False):
     return begin(out, plan, resume=resume, force=force)
 
 
-def measured(tmp_path, *artifacts, timeout=60.0, thorough=False, **more):
+def measured(tmp_path, *artifacts, timeout=60.0, parts=(), **more):
     """The report of fake artifacts, its files under ``tmp_path/.out.partial``."""
     cases = cases_of(*artifacts, **more)
     table = {str(a.folder): a for a in artifacts}
     journal = journal_of(tmp_path / "out", cases, artifacts)
-    return run.run_matrix(cases, table, journal, command="intaglio bench x", timeout=timeout, thorough=thorough)
+    return run.run_matrix(cases, table, journal, command="intaglio bench x", timeout=timeout, parts=parts)

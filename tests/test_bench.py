@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
                 engines=("unet/a.sm89.engine", "unet/b.sm89.engine", "unet/a.sm120.engine"),
             ),
         )
-        result = measured(base, *artifacts, thorough=True)
+        result = measured(base, *artifacts, parts=run.PARTS)
         report.write(result, base / ".out.partial")
         return base / ".out.partial", result
 
@@ -170,7 +170,7 @@ def test_rounds_are_interleaved_in_the_reported_order(tmp_path):
     cases = cases_of(artifact, backends=("torch", "openvino"))
     journal = journal_of(tmp_path / "out", cases, [artifact])
     table = {str(artifact.folder): artifact}
-    result = run.run_matrix(cases, table, journal, command="", thorough=False, tell=said.append)
+    result = run.run_matrix(cases, table, journal, command="", parts=(), tell=said.append)
     rounds = [re.match(r"round (\d+) of 3: (.*)", s).groups() for s in said if s.startswith("round")]
     assert rounds == [(str(i + 1), label) for i, order in enumerate(result["orders"]) for label in order["order"]]
 

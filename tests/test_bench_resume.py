@@ -30,7 +30,7 @@ from intaglio.profiles.artifact import Artifact
 artifact = artifact or Artifact.open(base / "b" / "a")
 cases = fake_bench.cases_of(artifact, backends=("torch", "onnxruntime"), rounds=40)
 journal = fake_bench.journal_of(base / "out", cases, [artifact])
-run.run_matrix(cases, {{str(artifact.folder): artifact}}, journal, command="x", thorough=False)
+run.run_matrix(cases, {{str(artifact.folder): artifact}}, journal, command="x", parts=())
 """
 
 
@@ -64,7 +64,7 @@ def test_what_a_killed_run_finished_is_kept_and_the_rest_is_measured(tmp_path):
     journal = journal_of(tmp_path / "out", cases, [artifact], resume=True)
     with publishing(journal, tmp_path / "out") as folder:
         table = {str(artifact.folder): artifact}
-        report = run.run_matrix(cases, table, journal, command="y", thorough=False)
+        report = run.run_matrix(cases, table, journal, command="y", parts=())
         write(report, folder)
     assert not partial_folder(tmp_path / "out").exists()
     after = [e for e in read_events(tmp_path / "out" / JOURNAL) if e["event"] == "timed"]
@@ -117,11 +117,11 @@ def test_a_failed_case_is_tried_again_in_the_next_sitting(tmp_path):
     cases = cases_of(artifact, backends=("torch", "openvino"), settings=settings)
     journal = journal_of(tmp_path / "out", cases, [artifact])
     table = {str(artifact.folder): artifact}
-    first = run.run_matrix(cases, table, journal, command="x", thorough=False)
+    first = run.run_matrix(cases, table, journal, command="x", parts=())
     assert [r["status"] for r in first["cases"]] == ["ok", "error"]
     flag.unlink()
     journal = journal_of(tmp_path / "out", cases, [artifact], resume=True)
-    second = run.run_matrix(cases, table, journal, command="x", thorough=False)
+    second = run.run_matrix(cases, table, journal, command="x", parts=())
     assert [r["status"] for r in second["cases"]] == ["ok", "ok"]
     assert second["cases"][1]["speedup"]["n"] == 3
 
@@ -146,7 +146,7 @@ def test_fresh_isolation_loads_for_every_round(tmp_path):
     cases = cases_of(artifact, backends=("torch", "openvino"), rounds=3)
     journal = journal_of(tmp_path / "out", cases, [artifact])
     table = {str(artifact.folder): artifact}
-    report = run.run_matrix(cases, table, journal, command="x", isolation="fresh", thorough=False)
+    report = run.run_matrix(cases, table, journal, command="x", isolation="fresh", parts=())
     for row in report["cases"]:
         assert len(row["loads_s"]) == 3
         assert row["image_s"]["n"] == row["speedup"]["n"] == 3
@@ -164,7 +164,7 @@ def test_groups_have_references_of_their_own(tmp_path):
     journal = journal_of(tmp_path / "two", [replace(c, artifact=str(artifact.folder)) for c in both], [artifact])
     table = {str(artifact.folder): artifact}
     found = run.run_matrix(
-        [replace(c, artifact=str(artifact.folder)) for c in both], table, journal, command="x", thorough=False
+        [replace(c, artifact=str(artifact.folder)) for c in both], table, journal, command="x", parts=()
     )
     assert [g["reference"] for g in found["groups"]] == ["c/torch", "c/torch steps=5"]
     assert [r["reference"] for r in found["cases"]] == ["c/torch", "c/torch", "c/torch steps=5", "c/torch steps=5"]
