@@ -280,11 +280,25 @@ def assemble(
         "settings": settings_of(cases[0], seed, isolation),
         "limits": dict(limits or {}),
         "learned": {key: metric.name for key, metric in (learned or {}).items()},
+        "artifacts": {names[key]: facts_of(artifacts[key]) for key in names},
         "axes": {a: values for a, values in swept.items() if len(values) > 1},
         "grid": list(grid),
         "orders": [{"turn": e["turn"], "order": e["order"]} for e in journal.of("round")],
         "groups": groups,
         "cases": [*rows.values(), *engine_rows(artifacts, names, cases)],
+    }
+
+
+def facts_of(artifact: Artifact) -> Row:
+    """Which artifact it was, in words that a reader of the report can check."""
+    manifest = artifact.manifest
+    licence = manifest.licence
+    return {
+        "name": manifest.name,
+        "family": manifest.family,
+        "manifest_digest": manifest.digest,
+        "licence": licence if isinstance(licence, str) else None,
+        "recipe": dict(manifest.recipe),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the cases and how long they will take")
     parser.add_argument("--known", action="append", type=Path, metavar="R", help="earlier reports for --dry-run")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    parser.add_argument("--submit-format", metavar="NAME", help="also file the report under bench/results by machine")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     parser.add_argument("--force", action="store_true", help="replace an earlier report or an unfinished run")
 
@@ -152,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ToolError: see `run_matrix`, `begin` and `Matrix.cases`.
     """
+    from intaglio.bench.database import FOLDER, submit
     from intaglio.bench.estimate import known_rows, listing
     from intaglio.bench.journal import begin, plan_of, publishing
     from intaglio.bench.learned import load_metrics
@@ -187,6 +190,8 @@ def run(args: argparse.Namespace) -> int:
         write(report, folder)
     print(to_json(report) if args.json else table(report), end="" if args.json else "\n")
     say(f"written: {args.output / HTML}")
+    if args.submit_format:
+        say(f"filed: {submit(json.loads(to_json(report)), args.submit_format, FOLDER)}")
     return told(report)
 
 

@@ -13,7 +13,7 @@ from intaglio.bench.cases import default_backends
 from intaglio.bench.cli import progress, told
 from intaglio.bench.journal import Journal, plan_of
 from intaglio.bench.matrix import matrix
-from intaglio.bench.report import HTML, JSON, MARKDOWN, table, to_json, write
+from intaglio.bench.report import CSV, HTML, JSON, MARKDOWN, table, to_json, write
 from intaglio.bench.run import run_matrix
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.command import Verb, say
@@ -83,7 +83,7 @@ def publish(made: Path, folder: Path) -> None:
     if images.exists():
         os.replace(images, old)
     os.replace(made / "images", images)
-    for name in (JSON, MARKDOWN, HTML):
+    for name in (JSON, MARKDOWN, CSV, HTML):
         os.replace(made / name, folder / name)
 
 

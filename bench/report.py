@@ -15,7 +15,7 @@ from intaglio.bench.machine import sentence
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.staging import swap
 
-JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
+JSON, MARKDOWN, CSV, HTML = "report.json", "report.md", "report.csv", "report.html"
 BUSY = 0.25  # load per core before the benchmark from which a reader should be warned
 Report = Mapping[str, Any]
 
@@ -176,19 +176,26 @@ def notes(report: Report) -> list[str]:
     return result
 
 
-def markdown(report: Report) -> str:
-    """The table, the notes and the figures per prompt."""
+def escape(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
-    def escape(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
 
+def markdown_table(report: Report) -> list[str]:
+    """The lines of the table."""
     heads = columns(report)
-    lines = ["# Intaglio benchmark", "", f"`{report['command']}`", "", f"| {' | '.join(heads)} |"]
+    lines = [f"| {' | '.join(heads)} |"]
     left = len(names(report)) - 1
     lines.append(f"| {' | '.join('---' if i < left else '---:' for i in range(len(heads)))} |")
     for case in report["cases"]:
         row = [escape(c) for c in cells(report, case)]
         lines.append(f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |")
+    return lines
+
+
+def markdown(report: Report) -> str:
+    """The table, the notes and the figures per prompt."""
+    lines = ["# Intaglio benchmark", "", f"`{report['command']}`", "", *markdown_table(report)]
     lines += ["", *(f"- {n}" for n in notes(report)), "", "## Per prompt", ""]
     lines += [
         "| case | prompt | PSNR dB | SSIM | FLIP | latents, relative L2 |",
@@ -227,16 +234,27 @@ def write_atomic(path: Path, text: str) -> None:
         raise
 
 
-def write(report: Report, folder: Path) -> None:
-    """Write report.json, report.md and report.html beside the pictures in ``folder/images``."""
+def texts_of(report: Report, folder: Path) -> dict[str, str]:
+    """Every file of a report by name, made from its JSON and the pictures in `folder` and nothing else.
+
+    Raises:
+        UsageError: the report is not as its schema has it.
+    """
+    from intaglio.bench.report_files import check_schema, to_csv
     from intaglio.bench.report_html import page
 
-    texts = {
-        JSON: to_json(report),
-        MARKDOWN: markdown(report),
-        HTML: page(report, folder),
-    }  # all before the first write
-    for name, text in texts.items():
+    plain = json.loads(to_json(report))
+    check_schema(plain)
+    return {JSON: to_json(report), MARKDOWN: markdown(plain), CSV: to_csv(plain), HTML: page(plain, folder)}
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write report.json, report.md, report.csv and report.html beside the pictures in ``folder/images``.
+
+    Raises:
+        UsageError: the report is not as its schema has it.
+    """
+    for name, text in texts_of(report, folder).items():  # all made before the first is written
         write_atomic(folder / name, text)
 
 

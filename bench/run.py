@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SETTLE = 0.3  # seconds; thread pools of torch (OpenMP) and OpenVINO (TBB) spin up to 0.2 s after their last work
 Tell = Callable[[str], None]
 PARTS = ("components", "memory", "noise")  # component errors, memory, the reference's noise floor
+MARGIN = 1.2  # of what the largest case took that has to be left before another one is loaded
 CALLS = "calls"  # scratch folder of what the reference's components are fed
 
 
@@ -147,9 +148,18 @@ def measure_shared(seats: Sequence[Seat], seed: int, tell: Tell) -> None:
     """Load every worker that has work left, then the interleaved rounds."""
     if all(seat.finished() for seat in seats):
         return
-    for seat in seats:  # all of them: a ratio needs its other side measured in the same sitting
+    free, largest = available_bytes(), 0
+    for number, seat in enumerate(seats):  # all of them: a ratio needs its other side measured in the same sitting
+        if free is not None and free < MARGIN * largest:
+            raise ToolError(
+                f"{number} of {len(seats)} cases are loaded and {free / 2**30:.1f} GiB are left, where one took "
+                f"{largest / 2**30:.1f}; add --isolation fresh (one process at a time), or --exclude some"
+            )
         seat.open()
         seat.pictures()
+        left = available_bytes()
+        if free is not None and left is not None:
+            free, largest = left, max(largest, free - left)
     rounds(seats, seed, tell, lambda seat, turn: seat.measure(turn))
 
 

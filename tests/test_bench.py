@@ -349,7 +349,7 @@ def test_the_demo_builds_both_precisions_and_publishes(tmp_path, monkeypatch, ca
     for _ in range(2):  # a second demo replaces the first one's report
         assert demo.run(args) == 0
         names = sorted(p.name for p in (tmp_path / "demo").iterdir())
-        assert names == ["artifacts", "images", "report.html", "report.json", "report.md"]
+        assert names == ["artifacts", "images", "report.csv", "report.html", "report.json", "report.md"]
     command = json.loads((tmp_path / "demo/report.json").read_text(encoding="utf-8"))["command"]
     assert command == "intaglio demo --checkpoint emoji --rounds 1 --threads 1 --seed 0"
     assert "向日葵" in (tmp_path / "demo/report.html").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from fake_bench import DELAYS, artifact_at, cases_of, fast_workers, journal_of, 
 from intaglio.bench import run
 from intaglio.bench.journal import JOURNAL, begin, partial_folder, publishing, read_events
 from intaglio.bench.report import write
-from intaglio.profiles.errors import UsageError
+from intaglio.profiles.errors import ToolError, UsageError
 
 PARENT = 0.25  # of the wall time that the parent may compute; measured 0.05 with fake pipelines, 0.003 with real ones
 STAGES = 0.02  # that the stages of an image may miss of the whole
@@ -151,6 +151,19 @@ def test_fresh_isolation_loads_for_every_round(tmp_path):
         assert len(row["loads_s"]) == 3
         assert row["image_s"]["n"] == row["speedup"]["n"] == 3
         assert len(row["prompts"]) == 2
+
+
+def test_cases_that_do_not_fit_together_are_refused(tmp_path, monkeypatch):
+    left = iter([4 << 30, 2 << 30, 1 << 30])
+    monkeypatch.setattr(run, "available_bytes", lambda: next(left, 1 << 30))
+    artifact = artifact_at(tmp_path / "a")
+    cases = cases_of(artifact)
+    journal = journal_of(tmp_path / "out", cases, [artifact])
+    seats = [run.Seat(case=c, journal=journal, timeout=60) for c in cases]
+    with pytest.raises(ToolError, match=r"1 of 3 cases are loaded and 2\.0 GiB are left, where one took 2\.0; add"):
+        run.measure_shared(seats, 0, lambda text: None)
+    for seat in seats:
+        seat.close()
 
 
 def test_groups_have_references_of_their_own(tmp_path):

@@ -27,7 +27,7 @@ def report(scale=1.0, seed=0, n=30):
     ]
     settings = {"prompts": ["cat"], "seed": 0, "size": None, "steps": 4, "scheduler": None, "threads": 1, "warmup": 1}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "settings": settings,
         "machine": {"cpu": {"model": "X", "cores": 2}, "memory_gib": 24, "gpus": []},
         "cases": cases,

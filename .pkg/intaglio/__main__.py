@@ -20,6 +20,7 @@ VERBS = {
     "convert": ("intaglio.exporters.convert:CONVERT", "turn a pickled checkpoint into safetensors, running none of it"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
+    "report": ("intaglio.bench.report_cli:REPORT", "make a report's pages again from its JSON, or a model card"),
     "loadgen": ("intaglio.bench.loadgen_cli:LOADGEN", "measure an artifact in one of MLPerf's scenarios, by LoadGen"),
     "compare": ("intaglio.bench.compare:COMPARE", "compare two reports of bench; exit 1 where something became slower"),
     "inspect": (
