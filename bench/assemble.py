@@ -55,8 +55,8 @@ def new_row(case: Case, artifact: Artifact) -> Row:
         "artifact": case.name or case.label.rpartition("/")[0],
         "manifest_digest": artifact.manifest.digest,
         "backend": case.backend,
-        "precision": precision_of(artifact, case.backend),
-        "labels": support_labels(artifact, case.backend),
+        "precision": case.precision or precision_of(artifact, case.backend),
+        "labels": [f"{case.label}: {case.note}"] if case.note else support_labels(artifact, case.backend),
         "device": case.device,
         "threads": case.threads,
         "size": list(case.size) if case.size else None,
@@ -64,7 +64,7 @@ def new_row(case: Case, artifact: Artifact) -> Row:
         "steps": case.steps,
         "scheduler": case.scheduler,
         "guidance_scale": case.guidance_scale,
-        "artifact_bytes": backend_bytes(artifact, case.backend),
+        "artifact_bytes": backend_bytes(artifact, case.backend) if case.bytes is None else case.bytes,
         "status": "ok",
         "error": "",
     }
@@ -235,7 +235,7 @@ def assemble(
     by_label = {c.label: c for c in cases}
     rows = {c.label: measured_row(c, artifacts[c.artifact], journal) for c in cases}
     for label, row in rows.items():
-        row["unquantized"] = unquantized(artifacts[by_label[label].artifact])
+        row["unquantized"] = not by_label[label].precision and unquantized(artifacts[by_label[label].artifact])
     groups = []
     for event in {tuple(e["labels"]): e for e in journal.of("group")}.values():
         members = [rows[label] for label in event["labels"]]
@@ -263,7 +263,7 @@ def assemble(
             own = limits_of(artifacts[case.artifact], case.backend)
             row["verdict"] = verdict(row, own, limits or {}, directions)
     sittings, ends = journal.of("sitting"), journal.of("end")
-    names = {c.artifact: c.name or c.label.rpartition("/")[0] for c in cases}
+    names = {c.artifact: c.name or c.label.rpartition("/")[0] for c in cases if not c.precision}
     reference = rows[groups[0]["reference"]]
     swept = {a: list(dict.fromkeys(show(a, axis_value(c, a)) for c in cases)) for a in AXES}
     return {

@@ -44,6 +44,9 @@ class Case:
         checkpoint: where the torch backend finds the checkpoint; empty means by the manifest.
         loader: ``module:function`` with the signature of `intaglio.load`; another one measures a foreign pipeline.
         python: interpreter of the worker, where the foreign pipeline lives in an environment of its own.
+        precision: of a foreign pipeline; empty: the artifact's.
+        note: what a reader must know of a foreign pipeline.
+        bytes: that a foreign pipeline reads; None: those of the artifact.
     """
 
     artifact: str
@@ -65,6 +68,9 @@ class Case:
     settings: dict[str, str] = field(default_factory=dict)
     loader: str = LOADER
     python: str = ""
+    precision: str = ""
+    note: str = ""
+    bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a case that would measure nothing."""

@@ -35,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                 metavar=METAVARS.get(axis, "N"),
                 help=f"{facts.help}; repeat or separate by commas for several",
             )
+    parser.add_argument("--peer", action="append", metavar="T", help="another tool beside ours; repeatable")
     parser.add_argument("--exclude", action="append", metavar="A=V,…", help="leave out cases with these axis values")
     parser.add_argument("--grid", metavar="X[,Y[,Z]]", help="axes to show as a grid of pictures")
     parser.add_argument("--prompt", action="append", metavar="P", help="repeatable; default: four of the demo's")
@@ -69,7 +70,7 @@ def command_line(args: argparse.Namespace, names: Sequence[str]) -> str:
     words = ["intaglio", "bench", *names, "-o", args.output.name]
     if args.matrix:
         words += ["--matrix", args.matrix.name]
-    for key in ("prompt", "exclude", "limit", *(a for a in AXES if a != "artifact")):
+    for key in ("peer", "prompt", "exclude", "limit", *(a for a in AXES if a != "artifact")):
         flag = f"--{key.replace('_', '-')}"
         words += [w for value in getattr(args, key) or () for w in (flag, str(value))]
     for key in ("grid", "rounds", "warmup", "seed", "isolation"):
@@ -158,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from intaglio.bench.estimate import known_rows, listing
     from intaglio.bench.journal import begin, plan_of, publishing
     from intaglio.bench.learned import load_metrics
+    from intaglio.bench.peer_cases import peer_cases
     from intaglio.bench.run import PARTS, run_matrix
 
     learned = load_metrics(args.metrics_dir) if args.metrics_dir else {}
@@ -167,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
         check_target(args.output, force=args.force)
     artifacts = {str(a.folder): a for a in (Artifact.open(path) for path in folders)}
     cases = matrix.cases(list(artifacts.values()))
+    if args.peer:
+        cases += peer_cases(args.peer, cases, artifacts, args.checkpoint or "", say)
     if args.dry_run:
         print(listing(cases, artifacts, known_rows([args.output, *(args.known or ())])))
         return 0

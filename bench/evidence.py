@@ -118,6 +118,15 @@ CHECKS = {
         ),
         about="faults that exports have had, put in on purpose: all found at default limits, none in sound runs",
     ),
+    "crosscheck": Check(
+        run="intaglio.bench.evidence_crosscheck:measure",
+        sources=(
+            *(f"bench/{n}.py" for n in ("evidence_crosscheck", "benchmark_app", "plain_onnxruntime", "worker")),
+            *("bench/formats_cells.py", "runtimes/engine.py", "runtimes/engine_o*.py"),
+            "profiles/emoji/**/*.safetensors",
+        ),
+        about="the denoiser's seconds by our worker, by OpenVINO's benchmark_app and by a bare ONNX Runtime loop",
+    ),
     "fresh_clone": Check(
         run="intaglio.bench.evidence_fresh_clone:measure",
         sources=("Makefile", "constraints.txt", "pyproject.toml", ".ci/run"),

@@ -99,6 +99,8 @@ def plan_of(cases: Sequence[Case], digests: Mapping[str, str], seed: int) -> dic
     for case in cases:
         facts = asdict(case)
         facts["artifact"] = digests[case.artifact]  # an artifact may have moved, not changed
+        facts["settings"] = {k: Path(v).name for k, v in case.settings.items()}
+        facts["checkpoint"], facts["python"] = Path(case.checkpoint).name, bool(case.python)
         rows.append(facts)
     facts = json.loads(json.dumps({"cases": rows, "seed": seed}))
     text = json.dumps(facts, sort_keys=True).encode()

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from intaglio.profiles.errors import ArtifactError
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element, ElementTree
 
+Tree: TypeAlias = "ElementTree[Any]"  # typeshed's parameter says whether there is a root; there is
 
-def layers_of(tree: ElementTree, kind: str) -> Iterator[Element]:
+
+def layers_of(tree: Tree, kind: str) -> Iterator[Element]:
     """Layers of one type, in their order."""
     return (layer for layer in part(tree, "layers") if layer.get("type") == kind)
 
 
-def part(tree: ElementTree, name: str) -> Element:
+def part(tree: Tree, name: str) -> Element:
     """``layers`` or ``edges``.
 
     Raises:
@@ -32,7 +34,7 @@ def part(tree: ElementTree, name: str) -> Element:
     return found
 
 
-def int64_input(tree: ElementTree, name: str) -> None:
+def int64_input(tree: Tree, name: str) -> None:
     """Let an input take int64, followed by a Convert to what it took before.
 
     Raises:
@@ -71,7 +73,7 @@ def int64_input(tree: ElementTree, name: str) -> None:
     edges.append(edge)
 
 
-def result_first(tree: ElementTree, name: str) -> None:
+def result_first(tree: Tree, name: str) -> None:
     """Make the output `name` the first one; the others keep their order.
 
     Raises:

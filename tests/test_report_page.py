@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 import pytest
 import report_cases
 
-from intaglio.bench import report_plots, report_style, report_svg
+from intaglio.bench import report_files, report_plots, report_style, report_svg
 from intaglio.bench.report_html import page
 from intaglio.bench.report_pictures import WORST
 
@@ -83,6 +83,12 @@ def changed(thorough):
     """A copy of the thorough report, and how to make its page."""
     folder, result, _ = thorough
     return copy.deepcopy(result), lambda found: page(found, folder)
+
+
+def test_the_reports_are_as_the_schema_has_them(thorough, quick):
+    pytest.importorskip("jsonschema")
+    for _, result, _ in (thorough, quick):
+        report_files.check_schema(json.loads(json.dumps(result)))
 
 
 def test_the_page_needs_nothing_else(thorough, quick):
@@ -269,6 +275,26 @@ def test_what_exceeds_its_limit_stands_out_with_the_limit(changed):
     ]
 
 
+def test_learned_scores_and_limits_are_shown_and_missing_ones_say_why(changed):
+    result, make = changed
+    result["learned"], result["limits"] = {"lpips": "LPIPS <alex>"}, {"psnr": 40.0}
+    for row in result["cases"][:6]:
+        row["worst"]["lpips"] = 0.0321
+    result["cases"][3]["same_backend"] = {
+        "label": "none/torch",
+        "worst": report_cases.figures(45.6),
+        "drift": [],
+        "reason": "",
+    }
+    html = make(result)
+    scores = part(html, "scores")
+    assert "LPIPS &lt;alex&gt;" in scores
+    assert scores.count("<td>0.0321</td>") == 6
+    assert '<span title="none/torch">45.6</span>' in scores
+    assert "MS-SSIM needs 161x161 pixels or more, found 16x16." in scores
+    assert "psnr 40" in part(html, "environment")
+
+
 def test_the_worst_pictures_come_first(thorough):
     _, result, html = thorough
     gallery = part(html, "pictures").split("<h3>")[1]
@@ -321,6 +347,21 @@ def test_the_front_is_what_none_beats():
     exact, fast, small, beaten = point(1, None, 40), point(2, 40.0, 40), point(1.5, 30.0, 10), point(1.5, 30.0, 20)
     assert report_plots.front([exact, fast, small, beaten], sizes=False) == [exact, fast]
     assert report_plots.front([beaten, small, fast, exact], sizes=True) == [exact, small, fast]
+
+
+def test_many_points_are_named_where_none_beats_them(changed):
+    result, make = changed
+    extra = copy.deepcopy(result["cases"][4])
+    for number in range(report_plots.MOST_LABELS):
+        row = {**extra, "label": f"more{number}/onnxruntime", "artifact": f"more{number}"}
+        result["cases"].append(row)
+        result["groups"][0]["labels"].append(row["label"])
+        row["speedup"] = report_cases.spread(0.5)
+    text = part(make(result), "pareto")
+    assert "only those are named that none beats" in text
+    assert "<title>more7/onnxruntime" in text
+    assert ">more7/onnxruntime</text>" not in text
+    assert ">none/onnxruntime</text>" in text
 
 
 def test_far_apart_speeds_get_a_logarithmic_axis(changed):
