@@ -57,6 +57,7 @@ def new_row(case: Case, artifact: Artifact) -> Row:
         "backend": case.backend,
         "precision": case.precision or precision_of(artifact, case.backend),
         "labels": [f"{case.label}: {case.note}"] if case.note else support_labels(artifact, case.backend),
+        "settings": {} if case.precision else dict(case.settings),
         "device": case.device,
         "threads": case.threads,
         "size": list(case.size) if case.size else None,
@@ -160,10 +161,12 @@ def compared_rows(rows: Sequence[Row], reference: Row, journal: Journal, learned
 
 def same_backend(row: Row, rows: Sequence[Row], folder: Path) -> Row | None:
     """A quantized row against the unquantized graph of its backend; None where there is none, or it is that itself."""
-    wanted = (row["backend"], row["device"], row["threads"])
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return (row["backend"], row["device"], row["threads"], row["settings"])
+
     for other in rows:
-        found = (other["backend"], other["device"], other["threads"])
-        if other is row or found != wanted or not other["unquantized"] or not other["prompts"]:
+        if other is row or place(other) != place(row) or not other["unquantized"] or not other["prompts"]:
             continue
         figures = against([p["image"] for p in row["prompts"]], [p["image"] for p in other["prompts"]], folder)
         return {"label": other["label"], **{k: figures[k] for k in ("worst", "drift", "reason")}}

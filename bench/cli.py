@@ -95,9 +95,10 @@ def choose_backends(asked: Sequence[str] | None) -> tuple[str, ...]:
     from intaglio.bench.memory import gpus
     from intaglio.runtimes.engine import ENGINES
 
-    for name in asked or ():
+    plain = [name.partition(":")[0] for name in asked or ()]
+    for name in plain:
         pick(ENGINES, name, "backend")
-    if asked and "tensorrt" in asked and gpus()[1]:
+    if "tensorrt" in plain and gpus()[1]:
         message = (
             f"backend tensorrt cannot run here: {gpus()[1]}; leave it out, its plans are still listed with their sizes"
         )

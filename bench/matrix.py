@@ -53,6 +53,33 @@ def name_of(value: Any) -> str:
     return value.strip()
 
 
+def backend_of(value: Any) -> str:
+    """A backend's name, with settings of its own behind a colon: ``openvino:shapes=fixed``.
+
+    Raises:
+        ValueError: it is no text, empty, or a setting is not KEY=VALUE.
+    """
+    name, _, _ = name_of(value).partition(":")
+    if not name or (":" in str(value) and not backend_settings(value)):
+        raise ValueError(value)
+    return str(value).strip()
+
+
+def backend_settings(value: str) -> dict[str, str]:
+    """The settings of such a text, separated by semicolons.
+
+    Raises:
+        ValueError: one is not KEY=VALUE.
+    """
+    found = {}
+    for part in filter(None, value.strip().partition(":")[2].split(";")):
+        key, equal, text = part.partition("=")
+        if not (key and equal and text):
+            raise ValueError(value)
+        found[key] = text
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
     """One row of AXES.
@@ -72,7 +99,11 @@ class Axis:
 
 AXES: Mapping[str, Axis] = {
     "artifact": Axis(read=name_of, allowed="the name of an artifact", help="by folder name"),
-    "backend": Axis(read=name_of, allowed="the name of a backend", help="default: every one installed"),
+    "backend": Axis(
+        read=backend_of,
+        allowed="the name of a backend, such as openvino, or with settings: openvino:shapes=fixed",
+        help="default: every one installed",
+    ),
     "device": Axis(
         read=name_of, allowed="a device name", help="the backend's device name (default cpu)", default="cpu"
     ),
@@ -198,20 +229,21 @@ class Matrix:
 
     def _case(self, chosen: Mapping[str, Any], artifact: Artifact, several: Sequence[str]) -> Case:
         extra = "".join(f" {a}={show(a, chosen[a])}" for a in several)
-        backend, device = chosen["backend"], chosen["device"]
+        backend, device = chosen["backend"].partition(":")[0], chosen["device"]
         return Case(
             artifact=str(Path(artifact.folder)),
             name=chosen["artifact"],
-            label=f"{chosen['artifact']}/{backend}{extra}",
+            backend=backend,
+            label=f"{chosen['artifact']}/{chosen['backend']}{extra}",
             prompts=self.prompts,
             seed=self.seed,
             repeats=self.rounds,
             warmup=self.warmup,
             checkpoint=self.checkpoint if backend == "torch" else "",
             loader=self.loader,
-            settings=dict(self.settings),
+            settings={**self.settings, **backend_settings(chosen["backend"])},
             device="cuda:0" if (backend, device) == ("tensorrt", "cpu") else device,
-            **{a: chosen[a] for a in AXES if a not in ("artifact", "device")},
+            **{a: chosen[a] for a in AXES if a not in ("artifact", "backend", "device")},
         )
 
 
@@ -311,7 +343,7 @@ def matrix(
     if not artifacts or not backends:
         raise UsageError("a benchmark needs at least one artifact and one backend")
     for backend in backends:
-        pick(engines or ENGINES, backend, "backend")
+        pick(engines or ENGINES, backend.partition(":")[0], "backend")
     axes = {"backend": read_values("backend", backends)}
     axes |= {a: (said.pop(a),) for a in list(said) if a in AXES and said[a] is not None}
     rest = {k: v for k, v in said.items() if k not in AXES}

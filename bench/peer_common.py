@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.bench.peers import COMMAND, PEERS, PREPARED, Peer, export_folder
+from intaglio.bench.peer_table import PEERS, Peer
+from intaglio.bench.peers import COMMAND, PREPARED, export_folder
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.profiles.registry import pick

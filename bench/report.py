@@ -67,7 +67,8 @@ def axis_text(row: Mapping[str, Any], axis: str) -> str:
 def cells(report: Report, row: Mapping[str, Any]) -> list[str]:
     """One case as text, a cell a heading; a case that was not measured has its reason in place of the figures."""
     swept = [axis_text(row, a) for a in names(report)[3:-1]]
-    start = [row["artifact"], row["backend"], row["precision"], *swept, megabytes(row["artifact_bytes"])]
+    told = "".join(f" {key}={value}" for key, value in (row.get("settings") or {}).items())
+    start = [row["artifact"], row["backend"] + told, row["precision"], *swept, megabytes(row["artifact_bytes"])]
     if row["status"] != "ok":
         return [*start, row["error"]]
     worst, image, peak = row["worst"] or {}, row["image_s"], row["memory"]["peak_bytes"] if row["memory"] else None

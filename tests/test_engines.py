@@ -9,6 +9,8 @@ from intaglio.exporters.parity import random_feeds, relative_error
 from intaglio.profiles.errors import ArtifactError, ToolError, UsageError
 from intaglio.runtimes.engine import ENGINES, EngineOptions, load_engine
 
+FIXED_TOLERANCE = 2e-5  # between the plugin's fused and unfused layers; measured 1e-6
+
 SIZES = {"batch": 2, "height": 64, "width": 72, "tokens": 16, "context_tokens": 16}
 EXACT = 2e-5  # relative L2 to torch in fp32; measured at most 2.9e-6
 COMPUTING = [name for name in ENGINES if name not in ("null", "tensorrt")]
@@ -108,3 +110,25 @@ def test_openvino_computes_in_float32_even_where_bf16_is_faster(tiny_artifact):
     compiled = load_engine("openvino", tiny_artifact, "unet").compiled
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) == 0
+
+
+def test_openvino_with_fixed_shapes_gives_the_same_and_follows_another_size(tiny_artifact):
+    pytest.importorskip("openvino")
+    from intaglio.exporters.parity import untraced_sizes
+
+    record = tiny_artifact.manifest.components["unet"]
+    free = load_engine("openvino", tiny_artifact, "unet")
+    fixed = load_engine("openvino", tiny_artifact, "unet", EngineOptions(settings={"shapes": "fixed"}))
+    assert fixed.compiled is None, "there is nothing to compile before the first shapes are known"
+    seen = []
+    for sizes in untraced_sizes(tiny_artifact.manifest.shapes)[:2]:
+        feeds = random_feeds(record.inputs, sizes)
+        wanted = free.run(feeds)
+        for _ in range(2):
+            found = fixed.run(feeds)
+            assert all(relative_error(found[k], v) < FIXED_TOLERANCE for k, v in wanted.items())
+            seen.append(fixed.compile_seconds)
+    assert 0 < seen[0] == seen[1] < seen[2] == seen[3], "one compilation for each set of shapes"
+    assert all(not d.is_dynamic for p in fixed.compiled.inputs for d in p.partial_shape)
+    with pytest.raises(UsageError, match=r"openvino\.shapes"):
+        load_engine("openvino", tiny_artifact, "unet", EngineOptions(settings={"shapes": "square"}))

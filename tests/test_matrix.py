@@ -11,7 +11,7 @@ from intaglio.profiles.errors import UsageError
 
 VALUES = {  # two allowed and two refused texts of every axis
     "artifact": (("fp32", "int8"), ("", " ")),
-    "backend": (("torch", "openvino"), ("", " ")),
+    "backend": (("torch", "openvino:shapes=fixed"), ("", "openvino:shapes", ":a=b")),
     "device": (("cpu", "cuda:1"), ("", " ")),
     "threads": (("0", "4"), ("-1", "two")),
     "size": (("64x64", "512X768"), ("64", "0x64")),
