@@ -1,7 +1,7 @@
 """A checkpoint with Stable Diffusion 1.5's UNet at its real size and random weights: real work, no real pictures.
 
-``python -m intaglio.bench.real_size DIR``. The UNet (860 M parameters) and the text encoder (CLIP ViT-L's layers) have the
-published dimensions; the VAE is small, so that the UNet is what is measured, and the tokenizer is the embedded
+``python -m intaglio.bench.real_size DIR``. The UNet (860 M parameters) and the text encoder (CLIP ViT-L's layers) have
+the published dimensions; the VAE is small, so that the UNet is what is measured, and the tokenizer is the embedded
 checkpoint's. Source of the dimensions: stable-diffusion-v1-5's configurations, Rombach et al. 2022 (arXiv:2112.10752).
 """
 

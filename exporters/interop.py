@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intaglio.exporters.interop_xml import int64_input, result_first
+from intaglio.exporters.interop_xml import Tree, int64_input, result_first
 from intaglio.exporters.tokenizer_files import load_tokenizer
 from intaglio.profiles.artifact import Artifact, whole
 from intaglio.profiles.errors import ArtifactError, Unsupported
@@ -85,11 +85,19 @@ ELSEWHERE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arranged:
-    """What was made: the folder, the files written rather than linked (relative), and how the tool loads it."""
+    """What was made.
+
+    Attributes:
+        folder: where it lies.
+        written: files made anew, relative; the others are the artifact's.
+        load: what to type next.
+        notes: where the tool's pictures are known to be other than ours.
+    """
 
     folder: Path
     written: tuple[str, ...]
     load: str
+    notes: tuple[str, ...]
 
 
 def arrange(artifact_folder: str | Path, into: Path, tool: str, *, copy: bool = False) -> Arranged:
@@ -114,7 +122,8 @@ def arrange(artifact_folder: str | Path, into: Path, tool: str, *, copy: bool = 
         check(artifact, tool)
         with writing(into) as folder:
             written = _Arrangement(artifact, folder, tool, into, copy=copy).make()
-        return Arranged(folder=into, written=tuple(written), load=row.load.format(folder=str(into)))
+        load = row.load.format(folder=str(into))
+        return Arranged(folder=into, written=tuple(written), load=load, notes=differences(artifact, tool))
 
     return whole(artifact_folder, make)
 
@@ -135,6 +144,22 @@ def check(artifact: Artifact, tool: str) -> None:
             raise ArtifactError(
                 f"{artifact.component(name)} has no {row.target} graph; build the artifact with --target {row.target}"
             )
+
+
+def differences(artifact: Artifact, tool: str) -> tuple[str, ...]:
+    """Where the tool's pictures are not ours, whatever the graphs; measured with OpenVINO GenAI 2026.4.1."""
+    if tool != "genai":
+        return ()
+    found = [
+        "pixels are cut, not rounded, to bytes: 51 dB from ours by itself",
+        "a prompt longer than the text encoder loses its end token: another picture",
+    ]
+    config = json.loads((artifact.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    if artifact.manifest.family == "sdxl":
+        found.append("width and height are told to SDXL in each other's place: other pictures unless they are square")
+    if artifact.manifest.family == "flux" and config.get("use_dynamic_shifting"):
+        found.append("noise levels of FLUX.1 are shifted by FLUX.2's formula: other pictures")
+    return tuple(found)
 
 
 class _Arrangement:
@@ -159,7 +184,7 @@ class _Arrangement:
         if self.tool == "genai":
             self._tokenizers()
         if self.tool == "optimum-onnx":
-            self._fast_tokenizers()
+            self.written += for_transformers_4(self.folder)
         return sorted(self.written)
 
     def _copied(self, name: str) -> None:
@@ -181,7 +206,7 @@ class _Arrangement:
         if not (int64 or pooled_first(record)):
             self._copied(f"{name}/{XML}")
             return
-        tree = ElementTree.parse(self.source / name / XML)  # noqa: S314  of a verified artifact
+        tree: Tree = ElementTree.parse(self.source / name / XML)  # of a verified artifact
         if int64:
             int64_input(tree, TIMESTEP)
         if pooled_first(record):
@@ -194,9 +219,8 @@ class _Arrangement:
         if name != "unet" and not pooled_first(record):
             names = external_files(load_graph(self.source / name / graph))
             self._weights(f"{name}/{graph}", f"{name}/{GRAPH}")
-            if self.copy:
-                for file in names:
-                    self._weights(f"{name}/{file}", f"{name}/{file}")
+            for file in names:  # ONNX Runtime follows links where graph and data lead into the same folder
+                self._weights(f"{name}/{file}", f"{name}/{file}")
             return
         model = load_graph(self.source / name / graph)
         if name == "unet":
@@ -207,7 +231,7 @@ class _Arrangement:
             model.graph.output.extend(outputs)
         (self.folder / name / GRAPH).write_bytes(model.SerializeToString())
         self.written.append(f"{name}/{GRAPH}")
-        for file in external_files(model):  # ONNX Runtime refuses data that a link leads to out of the graph's folder
+        for file in external_files(model):  # and refuses data that a link leads to out of the graph's
             self._copied(f"{name}/{file}")
             self.written.append(f"{name}/{file}")
 
@@ -220,14 +244,28 @@ class _Arrangement:
                 openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
                 self.written += [f"{folder.name}/{name}.{end}" for end in ("xml", "bin")]
 
-    def _fast_tokenizers(self) -> None:
-        path = self.folder / "model_index.json"
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in index.items():
-            if name.startswith("tokenizer") and value[1] in FAST:
-                index[name] = [value[0], FAST[value[1]]]
-        path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        self.written.append(path.name)
+
+def for_transformers_4(folder: Path) -> list[str]:
+    """Rewrite what transformers 5 wrote into a pipeline's folder and transformers 4 cannot read; names of the files."""
+    written = ["model_index.json"]
+    index: dict[str, Any] = json.loads((folder / written[0]).read_text(encoding="utf-8"))
+    for name, value in index.items():
+        if name.startswith("tokenizer") and value[1] in FAST:
+            index[name] = [value[0], FAST[value[1]]]
+    rewrite(folder / written[0], index)
+    for path in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("extra_special_tokens") == []:  # transformers 4 wants a table there
+            del config["extra_special_tokens"]
+            rewrite(path, config)
+            written.append(path.relative_to(folder).as_posix())
+    return written
+
+
+def rewrite(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file anew, in place of a link too."""
+    path.unlink()
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def pooled_first(record: ComponentRecord) -> bool:

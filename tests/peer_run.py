@@ -26,13 +26,13 @@ def python_of(name):
         pytest.skip(str(error))
 
 
-def ask(peer, verb, **said):
+def ask(peer, verb, /, **said):
     """Run a function of this file in a peer's interpreter."""
     command = [
         python_of(peer),
         __file__,
         verb,
-        json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in said.items()}),
+        json.dumps(said, default=str),  # paths
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}

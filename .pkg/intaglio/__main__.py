@@ -19,6 +19,7 @@ VERBS = {
     "plan": ("intaglio.exporters.plan_cli:PLAN", "show what a build would do, take and warn of, building nothing"),
     "convert": ("intaglio.exporters.convert:CONVERT", "turn a pickled checkpoint into safetensors, running none of it"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
+    "export-for": ("intaglio.exporters.interop_cli:EXPORT_FOR", "arrange an artifact as another tool's folder"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
     "report": ("intaglio.bench.report_cli:REPORT", "make a report's pages again from its JSON, or a model card"),
     "loadgen": ("intaglio.bench.loadgen_cli:LOADGEN", "measure an artifact in one of MLPerf's scenarios, by LoadGen"),
