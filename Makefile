@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/intaglio demo -o demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # make evidence NAME runs one long check; make evidence runs those that are missing or stale.
 ifeq (evidence,$(firstword $(MAKECMDGOALS)))

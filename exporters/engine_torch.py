@@ -37,6 +37,8 @@ DTYPES = ("float32", "float64")
 class TorchEngine:
     """One component in eager mode, on CPU or CUDA: in float32, or float64 (``dtype``) to see what rounding does."""
 
+    double: bool = False
+
     def __init__(self, artifact: Artifact, component: str, options: EngineOptions) -> None:
         need("torch", extra="export")
         need("diffusers", extra="export")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from intaglio.bench import database
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -27,7 +29,7 @@ def test_it_opens_with_one_sentence_a_picture_and_a_measured_table():
     assert re.match(r"!\[[^]]+\]\((\S+)\)", parts[2])
     picture = re.match(r"!\[[^]]+\]\((\S+)\)", parts[2]).group(1)
     assert (ROOT / picture).exists()
-    assert parts[3].startswith("|") or parts[4].startswith("|")
+    assert parts[3].startswith(f"{database.START}\n|")
 
 
 def test_demo_and_test_are_make_targets_and_ci_calls_the_test_command():
