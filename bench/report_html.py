@@ -44,10 +44,13 @@ def counted(number: int, noun: str) -> str:
 def opening(report: Row) -> str:
     """What was measured, where, how to do it again, and which artifacts they were."""
     cases, settings = report["cases"], report["settings"]
-    artifacts, backends = (len(dict.fromkeys(c[k] for c in cases)) for k in ("artifact", "backend"))
+    own = [c for c in cases if c["artifact"] in report["artifacts"]]
+    backends = len({c["backend"] for c in own})
+    others = len({c["backend"] for c in cases}) - backends
     axes = {k: v for k, v in report["axes"].items() if k not in ("artifact", "backend")}
     swept = [f"{k.replace('_', ' ')} {', '.join(v)}" for k, v in axes.items()]
-    parts = [counted(artifacts, "artifact"), counted(backends, "backend"), *swept]
+    parts = [counted(len(report["artifacts"]), "artifact"), counted(backends, "backend"), *swept]
+    parts += [counted(others, "other tool")] if others else []
     said = f"{counted(len(cases), 'case')}: {'; '.join(parts)}; {counted(len(settings['prompts']), 'prompt')}; "
     said += f"{counted(settings['rounds'], 'interleaved round')}. On {sentence(report['machine'])}."
     command = " ".join(

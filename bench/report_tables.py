@@ -262,5 +262,4 @@ def show(value: Any) -> str:
 
 def digests(report: Row) -> list[tuple[str, str]]:
     """Every artifact and its digest."""
-    found = dict.fromkeys((c["artifact"], c["manifest_digest"]) for c in report["cases"])
-    return [(f"artifact {name}", digest) for name, digest in found]
+    return [(f"artifact {name}", facts["manifest_digest"]) for name, facts in report["artifacts"].items()]
