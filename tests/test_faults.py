@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from intaglio.bench.evidence import record
+from intaglio.bench.evidence import FOLDER, ROOT
 from intaglio.bench.faults import FAULTS, FILE_FAULTS, load
 from intaglio.bench.fidelity import LOOP, limits_of, rounded, verdict
 from intaglio.bench.metrics import measure, worst
@@ -100,7 +100,7 @@ def current(name):
     found = status()[name]
     if found != "fresh":
         pytest.skip(f"evidence {name!r} is {found}; run: make evidence {name}")
-    return json.loads(record(name).read_text(encoding="utf-8"))["figures"]
+    return json.loads((ROOT / FOLDER / f"{name}.json").read_text(encoding="utf-8"))["figures"]
 
 
 def test_a_loop_that_strays_says_where(reference):
