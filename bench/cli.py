@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     artifacts = {str(a.folder): a for a in (Artifact.open(path) for path in folders)}
     cases = matrix.cases(list(artifacts.values()))
     if args.peer:
-        cases += peer_cases(args.peer, cases, artifacts, args.checkpoint or "", say)
+        cases += peer_cases(args.peer, cases, artifacts, args.checkpoint or "", say, dry=args.dry_run)
     if args.dry_run:
         print(listing(cases, artifacts, known_rows([args.output, *(args.known or ())])))
         return 0

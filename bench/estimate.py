@@ -11,7 +11,7 @@ from intaglio.bench.report import JSON
 from intaglio.profiles.artifact import Artifact
 from intaglio.profiles.strict import parse_json
 
-MEMORY_PASS, NOISE_PASS = 1, 2  # further loads of a case, and of its group's reference, in a thorough run
+MEMORY_PASS = 1  # further load and picture of a case in a thorough run
 
 
 def known_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from intaglio.bench import ms_ssim, ssimulacra2
-from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import need, pick, resolve
-from intaglio.runtimes.fidelity import WINDOW, pair, relative_l2
+from intaglio.runtimes.fidelity import WINDOW, pair
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -151,30 +149,3 @@ def worst(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     latents = [r["latents_relative_l2"] for r in rows if r.get("latents_relative_l2") is not None]
     result["latents_relative_l2"] = max(latents) if latents else None
     return result
-
-
-def judge(row: dict[str, Any], reference: dict[str, Any], folder: Path) -> None:
-    """Metrics of every picture against the reference's, and the heat maps, into the row's ``prompts`` and ``worst``.
-
-    Pictures that cannot be compared get Nones and ``fidelity_reason``.
-    """
-    from PIL import Image
-
-    empty = {"identical": False, "psnr": None, "ssim": None, "flip": None, "latents_relative_l2": None}
-    row["fidelity_reason"] = "" if row["prompts"] and reference["prompts"] else "there is no picture to compare"
-    for mine, theirs in zip(row["prompts"], reference["prompts"], strict=False):
-        paths = [folder / mine["image"], folder / theirs["image"]]
-        image, truth = (np.asarray(Image.open(p).convert("RGB")) for p in paths)
-        try:
-            mine.update(measure(image, truth))
-            error = relative_l2(*(np.load(p.with_suffix(".npy")) for p in paths))
-            mine["latents_relative_l2"] = error if math.isfinite(error) else None
-        except UsageError as problem:
-            mine.update(empty)
-            row["fidelity_reason"] = str(problem)
-            continue
-        if row is not reference:
-            mine["heat"] = mine["image"].replace(".png", ".flip.png")
-            flip_map(image, truth).save(folder / mine["heat"])
-    compared = [p for p in row["prompts"] if "psnr" in p]
-    row["worst"] = worst(compared) if compared and not row["fidelity_reason"] else empty

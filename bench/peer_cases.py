@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from intaglio.bench.cases import Case, unquantized
 from intaglio.bench.peers import EXPORTS, PEERS, prepare, python_of
@@ -21,6 +22,8 @@ def peer_cases(
     artifacts: Mapping[str, Artifact],
     checkpoint: str,
     tell: Callable[[str], None] = lambda _: None,
+    *,
+    dry: bool = False,
 ) -> list[Case]:
     """A case of each peer for every picture and number of threads that is measured on a CPU.
 
@@ -30,6 +33,7 @@ def peer_cases(
         artifacts: by `Case.artifact`.
         checkpoint: the folder that the peers load or export; empty means by the artifact's manifest.
         tell: called before an export, which may take minutes and is no part of what is timed.
+        dry: name the cases alone; nothing is exported.
 
     Raises:
         UsageError: no such peer, one that is not installed, no unquantized artifact.
@@ -45,8 +49,10 @@ def peer_cases(
     found = []
     for name in names:
         python = python_of(name)
-        tell(f"{name}: export")
-        made = prepare(name, folder)
+        made: Mapping[str, Any] = {"folder": "", "bytes": 0}
+        if not dry:
+            tell(f"{name}: export")
+            made = prepare(name, folder)
         row = PEERS[name]
         weights = EXPORTS[row.export].options.get("weights", "fp32") if row.export else "fp32"
         settings = {"export": str(made["folder"])} if row.export else {}

@@ -215,10 +215,14 @@ def errors_of_components(seats: Sequence[Seat], chosen: int, journal: Journal) -
 
 
 def asked_once(seat: Seat, do: str, **fields: Any) -> dict[str, Any] | None:
-    """A request to the seat's worker, which is started for it where there is none."""
-    if seat.worker is None and not seat.failed:
-        seat.open()
-    return seat.ask(do, **fields)
+    """A request to the seat's worker; where there is none, one is started for it and ended again."""
+    if seat.worker is not None:
+        return seat.ask(do, **fields)
+    seat.start()
+    try:
+        return seat.ask(do, **fields)
+    finally:
+        seat.close()
 
 
 def noise_floor(reference: Seat) -> None:

@@ -34,6 +34,11 @@ class Seat:
         """The case's."""
         return self.case.label
 
+    @property
+    def folder(self) -> str:
+        """The label as the name of a folder."""
+        return self.label.replace("/", "-").replace(" ", "-").replace(":", "-")
+
     def ask(self, do: str, **fields: Any) -> dict[str, Any] | None:
         """One request, or None if the worker is gone; a failure ends the worker and is journaled as an ``error``."""
         if self.worker is None:
@@ -56,13 +61,17 @@ class Seat:
             self.worker.close()
             self.worker = None
 
-    def open(self) -> None:
-        """Start and load a worker and let it make its first picture and the warm-up's."""
+    def start(self) -> dict[str, Any] | None:
+        """Start and load a worker; what it says of loading, or None where it failed."""
         if self.failed:
-            return
+            return None
         self.tell(f"{self.label}: load")
         self.worker = Client(self.case, timeout=self.timeout)
-        loaded = self.ask("load", case=to_json(self.case))
+        return self.ask("load", case=to_json(self.case))
+
+    def open(self) -> None:
+        """`start`, and let the worker make its first picture and the warm-up's."""
+        loaded = self.start()
         if loaded is None:
             return
         self.tell(f"{self.label}: first image")
@@ -83,7 +92,7 @@ class Seat:
 
     def pictures(self) -> None:
         """A picture of every prompt that has none yet."""
-        where = Path("images") / self.label.replace("/", "-").replace(" ", "-").replace(":", "-")
+        where = Path("images") / self.folder
         for index, prompt in enumerate(self.case.prompts):
             if self.journal.has("picture", case=self.label, prompt=index):
                 continue
@@ -144,7 +153,7 @@ class Seat:
             return
         self.tell(f"{self.label}: noise floor, {what}")
         case = replace(self.case, **changes)
-        where = Path("noise") / self.label.replace("/", "-").replace(" ", "-") / what.replace(" ", "-")
+        where = Path("noise") / self.folder / what.replace(" ", "-")
         made: list[str] = []
         reason = ""
         client = Client(case, timeout=self.timeout)

@@ -9,7 +9,8 @@ import pytest
 
 from intaglio.bench import machine, memory, ms_ssim, ssimulacra2
 from intaglio.bench.enforce import enforce
-from intaglio.bench.metrics import METRICS, flip_map, judge, measure, need_metrics, worst
+from intaglio.bench.fidelity import against
+from intaglio.bench.metrics import METRICS, flip_map, measure, need_metrics, worst
 from intaglio.profiles.errors import MissingDependency, UsageError
 
 missing = [name for name in ("flip_evaluator", "ssimulacra2", "scipy") if importlib.util.find_spec(name) is None]
@@ -236,14 +237,13 @@ def test_worst_follows_each_metrics_direction():
 def test_pictures_of_another_size_are_not_judged_but_said(tmp_path):
     from PIL import Image
 
-    rows = []
     for name, size in (("a", 32), ("b", 48)):
         Image.fromarray(picture(size=size)).save(tmp_path / f"{name}.png")
-        np.save(tmp_path / f"{name}.npy", np.zeros((1, 4, 4, 4), np.float32))
-        rows.append({"prompts": [{"image": f"{name}.png"}]})
-    judge(rows[1], rows[0], tmp_path)
-    assert rows[1]["worst"]["psnr"] is None
-    assert "cannot be compared" in rows[1]["fidelity_reason"]
+        np.save(tmp_path / f"{name}.npy", np.zeros((1, 1, 4, 4, 4), np.float32))
+    found = against(["b.png"], ["a.png"], tmp_path)
+    assert found["worst"] is None
+    assert found["prompts"] == []
+    assert "cannot be compared" in found["reason"]
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from Linux's /proc")

@@ -153,6 +153,30 @@ def test_fresh_isolation_loads_for_every_round(tmp_path):
         assert len(row["prompts"]) == 2
 
 
+def test_a_failure_beside_the_rounds_is_not_passed_over(tmp_path):
+    artifact = artifact_at(tmp_path / "a")
+    cases = cases_of(artifact, backends=("torch",))
+    journal = journal_of(tmp_path / "out", cases, [artifact])
+    table = {str(artifact.folder): artifact}
+    assert run.run_matrix(cases, table, journal, command="x", parts=())["cases"][0]["status"] == "ok"
+    journal.write("error", case="a/torch", error="replay: the worker died")
+    said = {"seed": 0, "isolation": "shared", "grid": ()}
+    row = run.assemble(journal, cases, table, **said)["cases"][0]
+    assert (row["status"], row["error"]) == ("error", "replay: the worker died")
+    journal.sitting += 1  # another sitting did not fail
+    assert run.assemble(journal, cases, table, **said)["cases"][0]["status"] == "ok"
+
+
+def test_a_worker_for_one_question_does_not_stay(tmp_path):
+    artifact = artifact_at(tmp_path / "a")
+    cases = cases_of(artifact, backends=("torch",))
+    journal = journal_of(tmp_path / "out", cases, [artifact])
+    seat = run.Seat(case=cases[0], journal=journal, timeout=60)
+    assert run.asked_once(seat, "replay", prompt=0, folder="x")["reason"] == "its components cannot be reached"
+    assert seat.worker is None
+    assert not journal.has("opened"), "loading for a question is no figure of the case"
+
+
 def test_cases_that_do_not_fit_together_are_refused(tmp_path, monkeypatch):
     left = iter([4 << 30, 2 << 30, 1 << 30])
     monkeypatch.setattr(run, "available_bytes", lambda: next(left, 1 << 30))

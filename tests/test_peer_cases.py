@@ -47,6 +47,14 @@ def test_every_peer_gets_a_case_for_each_picture_and_number_of_threads(installed
         assert table["artifact_bytes"] == own[0].bytes
 
 
+def test_a_dry_run_exports_nothing(installed, monkeypatch):
+    monkeypatch.setattr(module, "prepare", lambda name, folder: pytest.fail("it exported"))
+    artifact = artifact_at(installed / "fp32")
+    own = matrix([artifact], ("torch",), prompts=("x",))
+    found = peer_cases(["optimum-intel"], own, {str(artifact.folder): artifact}, "", dry=True)
+    assert [c.label for c in found] == ["peer/optimum-intel"]
+
+
 def test_a_journal_does_not_name_the_places_of_a_machine(installed):
     artifact = artifact_at(installed / "fp32")
     artifacts = {str(artifact.folder): artifact}
