@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from intaglio.profiles.errors import UsageError
-from intaglio.runtimes.loop import Branch, Components, Feeds
+from intaglio.runtimes.evaluation import Feeds
+from intaglio.runtimes.loop import Branch, Components
 from intaglio.runtimes.packed import PackedSampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
 from intaglio.runtimes.text import PromptTokenizer

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from intaglio.profiles.errors import UsageError
-from intaglio.runtimes.loop import Branch, Components, Feeds
+from intaglio.runtimes.evaluation import Feeds
+from intaglio.runtimes.loop import Branch, Components
 from intaglio.runtimes.packed import PATCH, PackedSampler, flatten, patchify, unflatten, unpatchify
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
 from intaglio.runtimes.scheduler_flow_match_euler import empirical_mu

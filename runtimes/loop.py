@@ -15,11 +15,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 
 from intaglio.profiles.errors import UsageError
+from intaglio.runtimes.evaluation import Evaluation, Feeds, Work, evaluate
 from intaglio.runtimes.noise import Noise, batch_randn
 from intaglio.runtimes.previews import DECODERS, PREVIEW, Previewer, need_preview_vae
 from intaglio.runtimes.sampling import Clock, Parameter, Request, Result, StepEvent, check_finite, to_images
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from intaglio.profiles.artifact import Artifact
     from intaglio.runtimes.engine import Engine
 
-Feeds = dict[str, np.ndarray]
 COMMON_PARAMETERS = {
     "vae_memory": Parameter(
         kind=float, default=16.0, help="GiB of activations above which the VAE decodes in tiles", minimum=0.0
@@ -75,6 +75,7 @@ class Sampler(ABC):
         needs_images: whether it must have one.
         batched: whether the branches of a step run as one batch where their shapes allow it.
         guidance_parameter: the one that scales guidance, where `guidance_scale` is something else.
+        guidance_is_true_cfg: whether diffusers calls `guidance_scale` ``true_cfg_scale`` here.
     """
 
     components: tuple[str, ...]
@@ -84,6 +85,7 @@ class Sampler(ABC):
     needs_images: bool = False
     batched: ClassVar[bool] = True
     guidance_parameter: ClassVar[str | None] = None
+    guidance_is_true_cfg: ClassVar[bool] = False
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -222,8 +224,26 @@ class Sampler(ABC):
         steps, extra = request.num_inference_steps, self.schedule(request)
         return make_scheduler(request.scheduler, self.scheduler_config, steps, **extra)
 
-    def stream(self, engines: Components, request: Request) -> Generator[StepEvent, None, Result]:
-        """Encode, denoise step by step, decode."""
+    def stream(self, engines: Components, request: Request) -> Generator[StepEvent, bool | None, Result]:
+        """Encode, denoise step by step, decode. An event answered (`send`) with ``True`` ends the denoising there."""
+        work, answer = self.work(engines, request), cast("Any", None)
+        while True:
+            try:
+                wanted = work.send(answer)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            if isinstance(wanted, StepEvent):
+                answer = yield wanted
+            else:
+                answer = evaluate(engines[self.denoiser], self.manifest.components[self.denoiser], wanted)
+
+    def work(self, engines: Components, request: Request) -> Work:
+        """`stream` with the denoiser left to the caller, who may evaluate it for several requests at once.
+
+        Yields an `Evaluation` for each step, to be answered with `evaluate`'s list, then the step's `StepEvent`, to be
+        answered with ``True`` where the denoising is to end there.
+        """
         self.check(request)
         clock = Clock()
         branches = self.encode(engines, request, clock)
@@ -240,60 +260,45 @@ class Sampler(ABC):
             scheduler = self.make_scheduler(request)
         latents, first = self.initial(engines, request, scheduler, draw, clock)
         engines.release(*(n for n in self.manifest.components if n not in (self.denoiser, request.options["decoder"])))
-        previews = Previewer(self.artifact, engines, lambda x: self.pixels(engines, request, x, PREVIEW)[0])
+        previews = Previewer(self.artifact, engines, lambda x, by: self.pixels(engines, request, x, by)[0])
         total = len(scheduler.timesteps) - first
         for step, timestep in enumerate(scheduler.timesteps[first:]):
             start, index = time.perf_counter(), step + first
             with clock.stage("scheduler"):
                 sample = scheduler.scale_model_input(latents, index)
-            active = self.active(request, branches, step, total)
-            predicted = self.predict(engines[self.denoiser], request, active, sample, timestep, clock)
-            check_finite(self.denoiser, predicted, step=step)
+                active = self.active(request, branches, step, total)
+                feeds = tuple({**b.feeds, **self.model_feeds(request, sample, timestep, b)} for b in active)
+            with clock.stage("denoiser"):
+                outputs = yield Evaluation(feeds=feeds, together=self.batched)
             with clock.stage("scheduler"):
+                predictions = {b.name: self.prediction(request, o) for b, o in zip(active, outputs, strict=True)}
+                predicted = check_finite(self.denoiser, self.combine(request, predictions), step=step)
                 clean = scheduler.clean(predicted, index, latents) if isinstance(scheduler, CleanEstimator) else None
                 latents = scheduler.step(predicted, index, latents, draw)
-            yield StepEvent(
+            estimate = latents if clean is None else clean
+            enough = yield StepEvent(
                 index=step,
                 total=total,
                 timestep=float(timestep),
                 latents=latents,
                 seconds=time.perf_counter() - start,
-                preview=functools.partial(previews, latents if clean is None else clean),
+                preview=functools.partial(previews, estimate),
             )
+            if enough:
+                latents = estimate
+                break
         engines.release(self.denoiser)
         previews.end()
-        return self.decode(engines, request, latents, clock)
-
-    def predict(
-        self,
-        engine: Engine,
-        request: Request,
-        branches: Sequence[Branch],
-        sample: np.ndarray,
-        timestep: np.float32,
-        clock: Clock,
-    ) -> np.ndarray:
-        """Run the branches, together where they fit in one batch, and combine them."""
-        feeds = [{**b.feeds, **self.model_feeds(request, sample, timestep, b)} for b in branches]
-        record = self.manifest.components[self.denoiser]
-        rows = {spec.name for spec in record.inputs if spec.shape[0] == "batch"}
-        output = record.outputs[0].name
-        with clock.stage("denoiser"):
-            if len(feeds) > 1 and self.batched and fits_one_batch(feeds, rows):
-                joined = {n: np.concatenate([f[n] for f in feeds]) if n in rows else v for n, v in feeds[0].items()}
-                outputs = list(np.split(engine.run(joined)[output], len(feeds)))
-            else:
-                outputs = [engine.run(f)[output] for f in feeds]
-        with clock.stage("scheduler"):
-            predictions = {b.name: self.prediction(request, o) for b, o in zip(branches, outputs, strict=True)}
-            return self.combine(request, predictions)
+        result = self.decode(engines, request, latents, clock)
+        if step + 1 < total:
+            result.parameters["stopped_after_steps"] = step + 1
+        return result
 
     def decode(self, engines: Components, request: Request, latents: np.ndarray, clock: Clock) -> Result:
         """Latents to pictures."""
         decoder = request.options["decoder"]
         with clock.stage(decoder):
-            unscaled = latents if decoder == PREVIEW else self.unscale(latents)
-            pixels, tiles = self.pixels(engines, request, unscaled, decoder)
+            pixels, tiles = self.pixels(engines, request, latents, decoder)
         with clock.stage("postprocess"):
             images = to_images(pixels, decoder)
         engines.release(decoder)
@@ -309,6 +314,7 @@ class Sampler(ABC):
 
         Whether a picture is tiled depends on its size alone, never on its neighbours.
         """
+        latents = latents if decoder == PREVIEW else self.unscale(latents)
 
         def decode(part: np.ndarray) -> np.ndarray:
             return engines[decoder].run({"latent_sample": part})["sample"]
@@ -328,11 +334,3 @@ class Sampler(ABC):
         )
         warnings.warn(message, VaeTiled, stacklevel=2)
         return pixels, tiles
-
-
-def fits_one_batch(feeds: Sequence[Feeds], rows: set[str]) -> bool:
-    """Whether the branches' feeds have the same shapes, and the same values where there is no batch axis."""
-    first = feeds[0]
-    return all(
-        f[n].shape == first[n].shape and (n in rows or np.array_equal(f[n], first[n])) for f in feeds[1:] for n in first
-    )

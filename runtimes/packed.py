@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from intaglio.runtimes.loop import Branch, Feeds, Sampler
+from intaglio.runtimes.evaluation import Feeds
+from intaglio.runtimes.loop import Branch, Sampler
 from intaglio.runtimes.sampling import Request
 from intaglio.runtimes.scheduler_flow_match_euler import line_shift
 

@@ -52,26 +52,28 @@ class Previewer:
     Attributes:
         artifact: which may have no tiny VAE; that is an error when a preview is asked for, not before.
         engines: the tiny VAE is given back when the last step is over, and after every preview from then on.
-        decode: float32 [pictures, C, h, w] as the loop has them to pixels in about [-1, 1] [pictures, 3, H, W].
+        decode: float32 [pictures, C, h, w] as the loop has them, and the name of one of DECODERS, to pixels in about
+            [-1, 1] [pictures, 3, H, W].
     """
 
     artifact: Artifact
     engines: Releases
-    decode: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[np.ndarray, str], np.ndarray]
     over: bool = False
 
-    def __call__(self, estimate: np.ndarray) -> list[Image]:
-        """RGB pictures.
+    def __call__(self, estimate: np.ndarray, decoder: str = PREVIEW) -> list[Image]:
+        """RGB pictures, by the tiny VAE or, slower, by the one that makes the final ones.
 
         Raises:
             UsageError: the artifact has no tiny VAE.
-            NumericsError: it returned NaN or infinity.
+            NumericsError: the decoder returned NaN or infinity.
         """
         from PIL import Image
 
-        need_preview_vae(self.artifact)
+        if decoder == PREVIEW:
+            need_preview_vae(self.artifact)
         try:
-            return [Image.fromarray(p) for p in to_bytes(self.decode(estimate), PREVIEW)]
+            return [Image.fromarray(p) for p in to_bytes(self.decode(estimate, decoder), decoder)]
         finally:
             if self.over:
                 self.engines.release(PREVIEW)

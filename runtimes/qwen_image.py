@@ -27,6 +27,7 @@ class QwenImage(PackedSampler):
 
     components = ("text_encoder", "transformer", "vae_decoder")
     denoiser = "transformer"
+    guidance_is_true_cfg = True
     batched = False  # the prompts of the two branches have different lengths
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "max_sequence_length": Parameter(

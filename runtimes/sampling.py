@@ -167,7 +167,7 @@ class Request:
         return np.repeat(rows, self.count, axis=0)
 
 
-def no_preview() -> list[Image]:
+def no_preview(decoder: str = "") -> list[Image]:
     """Of an event that no pipeline made.
 
     Raises:
@@ -183,6 +183,7 @@ class StepEvent:
     `index` counts from 0 to `total` - 1, `timestep` is what the denoiser was told, `latents` float32 [count, C, h, w]
     are the ones after the step, `seconds` took the whole step. ``preview()`` decodes what the step sees by the
     artifact's tiny VAE, see `intaglio.runtimes.previews`; a UsageError says how to build one in.
+    ``preview("vae_decoder")`` takes the one that makes the final pictures.
     """
 
     index: int
@@ -190,7 +191,7 @@ class StepEvent:
     timestep: float
     latents: np.ndarray
     seconds: float
-    preview: Callable[[], list[Image]] = no_preview
+    preview: Callable[..., list[Image]] = no_preview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

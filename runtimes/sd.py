@@ -12,7 +12,8 @@ import numpy as np
 
 from intaglio.profiles.errors import Unsupported, UsageError
 from intaglio.runtimes.clip_prompts import CONTEXT, PROMPT_WEIGHTS, chunked, encode_chunked
-from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
+from intaglio.runtimes.evaluation import Feeds
+from intaglio.runtimes.loop import Branch, Components, Sampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
 from intaglio.runtimes.schedulers import SchedulerConfig
 from intaglio.runtimes.text import PromptTokenizer

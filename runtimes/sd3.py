@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from intaglio.profiles.errors import ArtifactError, UsageError
-from intaglio.runtimes.loop import Branch, Components, Feeds, Sampler
+from intaglio.runtimes.evaluation import Feeds
+from intaglio.runtimes.loop import Branch, Components, Sampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
 from intaglio.runtimes.scheduler_flow_match_euler import line_shift
 from intaglio.runtimes.text import PromptTokenizer

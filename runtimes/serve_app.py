@@ -1,0 +1,149 @@
+"""The server as an ASGI application: the protocols' routes, health, and how errors of any kind are said."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from intaglio import __version__
+from intaglio.profiles.errors import ToolError
+from intaglio.profiles.registry import resolve
+from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError
+from intaglio.runtimes.serve_guard import Guard, Keys, shaped
+from intaglio.runtimes.serve_hub import Hub
+from intaglio.runtimes.serve_limits import Limits
+from intaglio.runtimes.serve_room import Protocol, Room
+
+# Protocol -> "module:PROTOCOL". The first one's errors are those of paths that nobody has.
+PROTOCOLS = {
+    "openai": "intaglio.runtimes.serve_openai:PROTOCOL",
+}
+PATIENCE = 30.0  # seconds for what is under way when the server ends
+
+
+class MethodNotAllowed(ServeError):
+    """The path has other methods."""
+
+    status, code = 405, "method_not_allowed"
+
+
+def make_app(
+    hub: Hub,
+    *,
+    keys: Keys | None = None,
+    hosts: Sequence[str] = ("*",),
+    limits: Limits | None = None,
+    begun: Callable[[Exception | None], None] = lambda error: None,
+) -> Guard:
+    """The application; its lifespan starts the workers and ends them.
+
+    Args:
+        hub: of the artifacts.
+        keys: who may ask; nobody is asked for one where there are none.
+        hosts: names that ``Host`` may have.
+        limits: of requests.
+        begun: told when the workers are loaded, or why they cannot be; ``/ready`` says no until then.
+    """
+    limits = limits or Limits()
+    protocols: list[Protocol] = [resolve(path) for path in PROTOCOLS.values()]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(begin(hub, begun))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await hub.close(PATIENCE)
+
+    app = FastAPI(
+        title="Intaglio",
+        version=__version__,
+        description="Diffusion artifacts, served to the clients there are.",
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    room = Room(hub, limits)
+    for protocol in protocols:
+        app.include_router(protocol.router(room))
+    add_health(app, hub)
+
+    def answer(request: Request, error: ServeError) -> Response:
+        ident = request.scope.get("state", {}).get("id", "")
+        body = shaped(protocols, request.url.path, error, ident)
+        return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+    for kind, make in ERRORS.items():
+        app.add_exception_handler(kind, lambda request, error, make=make: answer(request, make(error)))
+    return Guard(app, protocols=protocols, keys=keys or Keys(None), hosts=hosts, limits=limits)
+
+
+async def begin(hub: Hub, begun: Callable[[Exception | None], None]) -> None:
+    """Load what is served, while ``/health`` answers already."""
+    try:
+        await hub.start()
+    except Exception as error:
+        begun(error)
+    else:
+        begun(None)
+
+
+def add_health(app: FastAPI, hub: Hub) -> None:
+    """Whether the process lives, and whether it can serve."""
+
+    @app.get("/health", tags=["health"])
+    async def health() -> dict[str, str]:
+        """The server's process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["health"], responses={503: {"description": "a worker is being started"}})
+    async def ready(response: Response) -> dict[str, Any]:
+        """Every artifact can serve."""
+        response.status_code = 200 if hub.ready else 503
+        models: Mapping[str, str] = {
+            name: "loaded" if model.process else "unloaded" if model.unloaded else "starting"
+            for name, model in hub.models.items()
+        }
+        return {"ready": hub.ready, "models": models}
+
+
+def from_validation(error: Any) -> ServeError:
+    """The first thing that is wrong with a body or a parameter: where, and what is allowed; not the value."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    name = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"{name!r} is not a field this server supports; leave it out", param=name)
+    if first["type"] == "json_invalid":
+        return BadRequest("the body is not JSON")
+    text = re.sub(r"\s+", " ", first["msg"])
+    return BadRequest(f"{name}: {text}" if name else text, param=name or None)
+
+
+def from_http(error: Any) -> ServeError:
+    """Starlette's own: no such path, no such method."""
+    if error.status_code == 404:
+        return NotFound("there is no such path here")
+    if error.status_code == 405:
+        return MethodNotAllowed("this path has no such method", headers=error.headers)
+    made = ServeError(str(error.detail), headers=error.headers)
+    made.status = error.status_code
+    return made
+
+
+ERRORS: dict[type[Exception], Any] = {
+    ServeError: lambda error: error,
+    ToolError: lambda error: BadRequest(str(error)),
+    RequestValidationError: from_validation,
+    HTTPException: from_http,
+    Exception: lambda error: ServeError("the server failed"),
+}

@@ -1,0 +1,111 @@
+"""What a server answers when it cannot do what was asked: a status, a stable code, one line without a secret."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+
+class ServeError(Exception):
+    """An answer that is no picture.
+
+    Attributes:
+        status: of HTTP.
+        code: a word for programs, which stays the same.
+        message: one line for people: no path, no address, no traceback.
+        param: the field it is about, where it is about one.
+        headers: further ones, ``Retry-After`` among them.
+    """
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.headers = message, param, dict(headers or {})
+
+
+class BadRequest(ServeError):
+    """The request is wrong."""
+
+    status, code = 400, "invalid_request"
+
+
+class Unauthorized(ServeError):
+    """No key, or a wrong one."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class Forbidden(ServeError):
+    """From a page or a host that may not ask."""
+
+    status, code = 403, "forbidden"
+
+
+class NotFound(ServeError):
+    """No such model, file or batch."""
+
+    status, code = 404, "not_found"
+
+
+class TooLarge(ServeError):
+    """The body has more bytes than are allowed."""
+
+    status, code = 413, "request_too_large"
+
+
+class WrongMedia(ServeError):
+    """The body is not JSON."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class Cancelled(ServeError):
+    """The client did not want it any more; 499 is what nginx writes for that."""
+
+    status, code = 499, "cancelled"
+
+
+class Busy(ServeError):
+    """The queue is full, or what waits in it would take longer than the deadline."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, seconds: float) -> None:
+        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+
+
+class Lost(ServeError):
+    """The worker died, hung, or is being started again."""
+
+    status, code = 503, "worker_lost"
+
+    def __init__(self, message: str, *, seconds: float = 2) -> None:
+        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+
+
+class Late(ServeError):
+    """The deadline passed."""
+
+    status, code = 504, "deadline_exceeded"
+
+
+class NoPicture(ServeError):
+    """The checkpoint returned NaN, or a picture without content."""
+
+    status, code = 500, "no_picture"
+
+
+# The kinds of `intaglio.runtimes.serve_worker.KINDS`.
+OF_KIND: dict[str, type[ServeError]] = {
+    "user": BadRequest,
+    "numerics": NoPicture,
+    "engine": ServeError,
+    "internal": ServeError,
+}
+
+
+def of_kind(kind: str, message: str) -> ServeError:
+    """The error a worker's message stands for."""
+    return Lost(message) if kind == "memory" else OF_KIND[kind](message)

@@ -1,0 +1,240 @@
+"""What stands before every route: who may ask, how much may come in, and that nothing leaks out with an error."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from intaglio.profiles.errors import UsageError
+from intaglio.runtimes.serve_errors import BadRequest, Forbidden, ServeError, TooLarge, Unauthorized, WrongMedia
+from intaglio.runtimes.serve_limits import Limits
+from intaglio.runtimes.serve_room import Protocol, as_json
+
+LOG = logging.getLogger("intaglio.serve")
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})  # without a key
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+SHORTEST_KEY = 16
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+
+
+class Keys:
+    """API keys, kept as digests; each has a name, by which its owner's turns are counted.
+
+    Lines of the file are ``NAME:KEY`` or ``KEY``; empty ones and those that begin with ``#`` do not count.
+
+    Raises:
+        UsageError: the file cannot be read, has no key, or one that is short.
+    """
+
+    def __init__(self, file: str | Path | None) -> None:
+        self.names: dict[bytes, str] = {}
+        if file is None:
+            return
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--api-key-file {file} cannot be read; name a text file with a key a line") from error
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            name, colon, key = text.rpartition(":")
+            if len(key) < SHORTEST_KEY:
+                raise UsageError(
+                    f"--api-key-file {file}, line {number}: a key of {len(key)} characters; "
+                    f"allowed: {SHORTEST_KEY} or more"
+                )
+            self.names[hashlib.sha256(key.encode()).digest()] = name if colon else f"key {number}"
+        if not self.names:
+            raise UsageError(f"--api-key-file {file} has no key; write one a line")
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def owner(self, authorization: str) -> str | None:
+        """Whose key an ``Authorization`` header has: ``Bearer KEY``, or ``Basic`` with the key as the password."""
+        scheme, _, value = authorization.partition(" ")
+        key = value.strip()
+        if scheme.lower() == "basic":
+            try:
+                key = base64.b64decode(key, validate=True).decode().partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                return None
+        elif scheme.lower() != "bearer":
+            return None
+        given = hashlib.sha256(key.encode()).digest()
+        found = None
+        for digest, name in self.names.items():  # all of them: the time says nothing about which
+            if hmac.compare_digest(given, digest):
+                found = name
+        return found
+
+
+class Guard:
+    """ASGI middleware around all routes.
+
+    Args:
+        app: the routes.
+        protocols: whose paths have which errors and bodies.
+        keys: who may ask; none: everybody.
+        hosts: names in ``Host`` that are this server's; ``*``: all. Others are pages that rebind their name to it.
+        limits: of bodies.
+
+    Nothing is believed of ``X-Forwarded-For``: a client behind a proxy has a key of its own.
+    """
+
+    def __init__(
+        self, app: App, *, protocols: Sequence[Protocol], keys: Keys, hosts: Sequence[str], limits: Limits
+    ) -> None:
+        self.app, self.protocols, self.keys, self.limits = app, protocols, keys, limits
+        self.hosts = frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        ident, start = uuid.uuid4().hex, time.perf_counter()
+        state = scope.setdefault("state", {})
+        state["id"] = ident
+        sent: list[int] = []
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent.append(message["status"])
+                given = {name.lower() for name, _ in message.get("headers", [])}
+                extra = [(name, value) for name, value in HEADERS if name not in given]
+                message["headers"] = [*message.get("headers", []), *extra, (b"x-request-id", ident.encode())]
+            await send(message)
+
+        try:
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            self.admit(scope, headers)
+            await self.app(scope, self.bounded(receive, headers), answer)
+        except ServeError as error:
+            await self.refuse(scope, error, ident, answer if not sent else None)
+        except Exception as error:
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            LOG.error("request %s failed:\n%s%s", ident, frames, type(error).__name__)  # noqa: TRY400
+            await self.refuse(scope, ServeError("the server failed"), ident, answer if not sent else None)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "unknown path")
+            seconds = time.perf_counter() - start
+            LOG.info("%s %s %s %s %.3f s", ident, scope["method"], path, sent[0] if sent else "-", seconds)
+
+    def admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        """Refuse who may not ask, and bodies of another kind.
+
+        Raises:
+            ServeError: with the reason.
+        """
+        path, method = scope["path"], scope["method"]
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        self.limits.check("header_bytes", size, "headers")
+        host = headers.get("host", "").lower()
+        name = re.sub(r":\d+$", "", host)
+        if "*" not in self.hosts and name not in self.hosts:
+            raise Forbidden("this server does not go by the name in Host; allow it with --allowed-host NAME")
+        origin = headers.get("origin")
+        if method not in SAFE and origin is not None and origin.lower().partition("://")[2] != host:
+            raise Forbidden("requests from other sites' pages are not taken")
+        if self.keys and path not in OPEN:
+            owner = self.keys.owner(headers.get("authorization", ""))
+            if owner is None:
+                raise Unauthorized(
+                    "no valid API key: send Authorization: Bearer KEY",
+                    headers={"WWW-Authenticate": 'Basic realm="intaglio", charset="UTF-8"'},
+                )
+            scope["state"]["client"] = owner
+        if "content-length" in headers or "transfer-encoding" in headers:
+            self.check_media(path, headers)
+
+    def check_media(self, path: str, headers: Mapping[str, str]) -> None:
+        """Bodies are JSON, but where a protocol says otherwise.
+
+        Raises:
+            WrongMedia, TooLarge, BadRequest: it is not, or too long.
+        """
+        length = headers.get("content-length", "")
+        if length == "0":
+            return
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        allowed = ["application/json"]
+        for protocol in self.protocols:
+            allowed += [media for pattern, media in protocol.media.items() if re.fullmatch(pattern, path)]
+        if kind not in allowed:
+            raise WrongMedia(f"a body here is {' or '.join(allowed)}; say so in Content-Type")
+        if length:
+            if not length.isascii() or not length.isdecimal():
+                raise BadRequest("Content-Length is not a number")
+            self.limits.check(self.size_limit(kind), int(length), "body")
+
+    def size_limit(self, kind: str) -> str:
+        """The name of the limit of a body's bytes: files of requests are longer."""
+        return "batch_bytes" if kind == "multipart/form-data" else "body_bytes"
+
+    def bounded(self, receive: Receive, headers: Mapping[str, str]) -> Receive:
+        """`receive` that counts bytes, and does not wait for them for ever."""
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        allowed, seconds = self.limits[self.size_limit(kind)], self.limits["body_seconds"]
+        end, taken, whole = time.monotonic() + seconds, 0, False
+
+        async def bounded() -> Message:
+            nonlocal taken, whole
+            if whole:  # what comes now is the client's farewell
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                raise BadRequest(f"the body did not arrive within {seconds} s") from None
+            taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if taken > allowed:
+                raise TooLarge(f"body: more than the {allowed} bytes allowed here")
+            return message
+
+        return bounded
+
+    async def refuse(self, scope: Scope, error: ServeError, ident: str, send: Send | None) -> None:
+        """Answer with an error in the shape of the path's protocol; nothing where an answer has begun."""
+        if send is None:
+            return
+        body = as_json(shaped(self.protocols, scope["path"], error, ident)).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body})
+
+
+def shaped(protocols: Sequence[Protocol], path: str, error: ServeError, ident: str) -> dict[str, Any]:
+    """An error as the protocol of a path has it; the first protocol's where the path is nobody's."""
+    own = [p for p in protocols if any(path == prefix or path.startswith(f"{prefix}/") for prefix in p.prefixes)]
+    return (own or list(protocols))[0].error(error, ident)

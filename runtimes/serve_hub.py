@@ -1,0 +1,283 @@
+"""The heart of the server: requests wait in one queue, and begin on the worker of their artifact when there is room.
+
+Everything here runs in one event loop; only worker processes compute. A picture is a job of its own, though a request
+asks for several: so they share calls with others', and a client with many waits no longer than one with few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from intaglio.profiles.errors import ToolError, UsageError
+from intaglio.profiles.registry import suggestion
+from intaglio.runtimes.serve_errors import BadRequest, Busy, Lost, NotFound, ServeError
+from intaglio.runtimes.serve_model import Model, ModelSettings
+from intaglio.runtimes.serve_queue import PRIORITIES, FairQueue
+from intaglio.runtimes.serve_ticket import Job, Order, Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSettings:
+    """What a server does with requests.
+
+    Attributes:
+        queue: pictures that may wait.
+        deadline: seconds from arrival to the picture, where the request says none; none may ask for more.
+        memory: bytes that all workers together may hold; the least recently used artifact is unloaded. 0: no limit.
+    """
+
+    queue: int = 64
+    deadline: float = 300.0
+    memory: int = 0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was done since the start, for ``/metrics`` and tests."""
+
+    accepted: int = 0
+    pictures: int = 0
+    steps: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, outcome: str) -> None:
+        """One more."""
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+
+class Hub:
+    """Artifacts, their workers, and the requests to them.
+
+    Raises:
+        UsageError: two artifacts of one name.
+        ArtifactError, MissingDependency, Unsupported: one of them cannot be served.
+    """
+
+    def __init__(self, models: Sequence[ModelSettings], settings: HubSettings | None = None) -> None:
+        self.settings = settings or HubSettings()
+        self.models: dict[str, Model] = {}
+        for chosen in models:
+            if chosen.name in self.models:
+                raise UsageError(f"two artifacts are called {chosen.name!r}; name them: NAME=FOLDER")
+            self.models[chosen.name] = Model(chosen, self.pump)
+        self.queue: FairQueue[Job] = FairQueue(self.settings.queue)
+        self.jobs: dict[str, Job] = {}
+        self.tickets: dict[str, Ticket] = {}
+        self.tally = Tally()
+        self.listeners: list[Any] = []  # called with (what, facts): metrics and traces
+        self.started = self.draining = False
+        self.loading: asyncio.Task[None] | None = None
+        self.watchers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Load the first artifact, and the others that fit in memory beside it.
+
+        Raises:
+            UsageError: the first one does not fit.
+            LoadFailed: one cannot be loaded.
+        """
+        try:
+            self.check_memory()
+            for model in self.models.values():
+                if self.fits(model):
+                    await model.load()
+        except BaseException:
+            await self.close(0)
+            raise
+        self.watchers = [asyncio.create_task(model.watch()) for model in self.models.values()]
+        self.started = True
+        self.pump()
+
+    def check_memory(self) -> None:
+        """Refuse a budget that not even the first artifact fits in.
+
+        Raises:
+            UsageError: it does not.
+        """
+        first, allowed = next(iter(self.models.values())), self.settings.memory
+        if allowed and first.size() > allowed:
+            raise UsageError(
+                f"{first.name} needs about {first.size() / 2**20:.0f} MiB and --memory is {allowed / 2**20:.0f}"
+            )
+
+    @property
+    def ready(self) -> bool:
+        """Whether every artifact can serve, and new requests are taken."""
+        return self.started and not self.draining and all(model.ready for model in self.models.values())
+
+    def held(self) -> int:
+        """Bytes of all workers, as measured when they were loaded or last asked."""
+        return sum(model.size() for model in self.models.values() if model.process is not None)
+
+    def fits(self, model: Model) -> bool:
+        """Whether an artifact can be loaded beside those that are."""
+        return not self.settings.memory or self.held() + model.size() <= self.settings.memory
+
+    def model(self, name: str | None) -> Model:
+        """The artifact of a name; the first one where there is none.
+
+        Raises:
+            NotFound: there is no such artifact.
+        """
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            allowed = ", ".join(self.models)
+            raise NotFound(
+                f"model {name!r} is unknown; allowed: {allowed}.{suggestion(name, self.models)}", param="model"
+            )
+        return self.models[name]
+
+    def submit(self, order: Order) -> Ticket:
+        """Take a request, or say at once why not.
+
+        Raises:
+            NotFound, BadRequest: it cannot be done.
+            Busy: there is no room, or its deadline cannot be met.
+            Lost: the server is about to end.
+        """
+        arrival = time.monotonic()
+        model = self.model(order.model)
+        if self.draining:
+            raise Lost("the server is about to end; ask another one", seconds=30)
+        limit = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
+        units = self.checked(model, order)
+        ident = order.ident or uuid.uuid4().hex
+        if ident in self.tickets:
+            raise BadRequest(f"request id {ident!r} is under way already")
+        ahead = sum(job.units - job.done for job in self.jobs.values() if job.model is model)
+        wait = model.pace.estimate(ahead + units * order.count)
+        if order.count > self.queue.limit:
+            raise BadRequest(f"{order.count} pictures at once, the queue holds {self.queue.limit}", param="n")
+        if self.queue.room() < order.count:
+            self.tally.count("full")
+            raise Busy(f"{len(self.queue)} pictures wait and no more may", seconds=model.pace.estimate(ahead / 2))
+        if wait > limit:
+            self.tally.count("hopeless")
+            raise Busy(
+                f"what is ahead takes about {wait:.0f} s, more than the {limit:g} s allowed", seconds=wait - limit
+            )
+        ticket = Ticket(ident, order, model, arrival + limit, self)
+        self.tickets[ident] = ticket
+        self.tally.accepted += 1
+        for job in ticket.make_jobs(units):
+            self.jobs[job.ident] = job
+            self.queue.put(job)
+        asyncio.get_running_loop().call_later(limit, ticket.expire)
+        self.pump()
+        return ticket
+
+    def checked(self, model: Model, order: Order) -> float:
+        """The work of one picture of an order, in the units of `Pace`.
+
+        Raises:
+            BadRequest: the family, or this artifact, cannot do it.
+        """
+        if order.priority not in PRIORITIES.values():
+            raise BadRequest(f"priority {order.priority} is not allowed: {', '.join(map(str, PRIORITIES.values()))}")
+        try:
+            request = model.reader.request(order.prompt, **order.parameters)
+        except ToolError as error:
+            raise BadRequest(str(error)) from error
+        return float(request.width * request.height * request.num_inference_steps)
+
+    def pump(self) -> None:
+        """Begin what can begin; load what is waited for."""
+        while (job := self.queue.pop(lambda waiting: waiting.model.room())) is not None:
+            process = job.model.process
+            assert process is not None
+            job.model.used = time.monotonic()
+            job.model.pace.begin(job.model.used)
+            job.process = process
+            process.run(job.ident, job.message(), job.heard)
+        wanted = [job.model for job in self.queue if job.model.process is None and job.model.unloaded]
+        if wanted and self.loading is None and self.started:
+            self.loading = asyncio.get_running_loop().create_task(self._make_room(wanted[0]))
+
+    async def _make_room(self, model: Model) -> None:
+        """Load an artifact, unloading those that were not used for longest until it fits."""
+        try:
+            if model.size() > self.settings.memory > 0:
+                self.give_up(model, Lost(f"model {model.name} does not fit in the memory this server may use"))
+                return
+            while not self.fits(model):
+                others = [m for m in self.models.values() if m.process is not None]
+                oldest = min(others, key=lambda m: m.used, default=None)
+                if oldest is None:
+                    break
+                oldest.yielding = True
+                while oldest.process is not None and oldest.process.receivers:
+                    await asyncio.sleep(0.05)
+                oldest.unload()
+                while oldest.leaving:
+                    await asyncio.sleep(0.05)
+            await model.load()
+        except (ToolError, OSError) as error:
+            model.unloaded = True
+            self.give_up(model, Lost(f"model {model.name} cannot be loaded now ({type(error).__name__})"))
+        finally:
+            self.loading = None
+            self.pump()
+
+    def give_up(self, model: Model, error: ServeError) -> None:
+        """End everything that waits for an artifact."""
+        for job in [job for job in self.queue if job.model is model]:
+            job.ticket.fail(error)
+
+    def over(self, job: Job) -> None:
+        """A job ended, or was dropped: its place is free."""
+        if self.jobs.pop(job.ident, None) is None:
+            return
+        self.queue.remove(job)
+        if job.process is not None:
+            job.process.cancel(job.ident)
+        self.pump()
+
+    def tell(self, what: str, **facts: Any) -> None:
+        """Let those who count know."""
+        for listener in self.listeners:
+            listener(what, facts)
+
+    def ended(self, ticket: Ticket, outcome: str) -> None:
+        """A request ended."""
+        if self.tickets.pop(ticket.ident, None) is not None:
+            self.tally.count(outcome)
+            self.tell("ended", outcome=outcome, ticket=ticket)
+
+    async def drain(self, patience: float) -> None:
+        """Take nothing new, and wait for what was taken, for `patience` seconds."""
+        self.draining = True
+        end = time.monotonic() + patience
+        while self.tickets and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    async def close(self, patience: float = 5.0) -> None:
+        """End everything; what is under way then is answered with `Lost`."""
+        self.draining = True
+        for ticket in list(self.tickets.values()):
+            ticket.fail(Lost("the server ended before this request did; send it again"))
+        for task in [*self.watchers, *([self.loading] if self.loading else [])]:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.gather(*(model.close(patience) for model in self.models.values()))
+
+
+def facts_of(model: Model) -> Mapping[str, Any]:
+    """What a client may know of an artifact."""
+    manifest = model.reader.artifact.manifest
+    process = model.process
+    return {
+        "family": manifest.family,
+        "backend": model.settings.backend,
+        "device": model.settings.device,
+        "formats": {name: record.format for name, record in manifest.components.items()},
+        "digest": manifest.digest,
+        "loaded": process is not None,
+    }

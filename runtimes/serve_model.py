@@ -1,0 +1,252 @@
+"""One artifact of a server: its worker process, replaced when it dies and when another build takes the folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from intaglio.profiles.artifact import Artifact, generation_of, whole
+from intaglio.profiles.errors import Unsupported
+from intaglio.runtimes.embedding_cache import DEFAULT_BYTES
+from intaglio.runtimes.engine import EngineOptions
+from intaglio.runtimes.pipeline import Pipeline
+from intaglio.runtimes.private_memory import held_bytes
+from intaglio.runtimes.serve_pace import Pace
+from intaglio.runtimes.serve_process import LoadFailed, Process
+
+LOG = logging.getLogger("intaglio.serve")
+RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the n-th start in a row that failed
+LOADED_SIZE = 1.5  # bytes in memory of an artifact that never ran, over those on disk
+LOOK_SECONDS = 0.5  # between looks at the folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """How an artifact is served.
+
+    Attributes:
+        name: by which requests ask for it.
+        folder: of the artifact.
+        concurrency: pictures under way at once.
+        rows: of one call of the denoiser; the artifact's own limit where ``None``.
+        cache_bytes: of prompt embeddings.
+        watchdog: seconds a worker with work may say nothing.
+        patience: seconds a worker that is replaced may take to end what it began.
+        loader: ``module:function`` in the place of `intaglio.load`, for tests.
+    """
+
+    name: str
+    folder: Path
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    threads: int = 0
+    checkpoint: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    concurrency: int = 4
+    rows: int | None = None
+    cache_bytes: int = DEFAULT_BYTES
+    watchdog: float = 300.0
+    patience: float = 600.0
+    loader: str = ""
+
+    def load_message(self) -> dict[str, Any]:
+        """The first message to a worker."""
+        options = {
+            "backend": self.backend,
+            "device": self.device,
+            "threads": self.threads,
+            "checkpoint": self.checkpoint,
+            "settings": dict(self.settings),
+        }
+        facts = {"rows": self.rows, "cache_bytes": self.cache_bytes, "loader": self.loader}
+        return {"folder": str(self.folder), "options": options, **facts}
+
+
+def reader_of(settings: ModelSettings) -> Pipeline:
+    """A pipeline that loads nothing, which knows what a request may be.
+
+    Raises:
+        Unsupported: the artifact starts from a picture, which no route here brings.
+        ArtifactError, MissingDependency: it cannot be read.
+    """
+    options = EngineOptions(device=settings.device, threads=settings.threads, checkpoint=settings.checkpoint)
+
+    def make(artifact: Artifact) -> Pipeline:
+        return Pipeline(artifact, settings.backend, options, residency="low")
+
+    pipeline = whole(settings.folder, make, verify=False)
+    if pipeline.sampler.needs_images:
+        raise Unsupported(f"{settings.folder} starts from a picture, and a server's requests bring none")
+    return pipeline
+
+
+class Model:
+    """A served artifact.
+
+    Attributes:
+        reader: what checks requests.
+        process: the worker that gets new requests; ``None`` where it is not loaded, or is being started again.
+        leaving: workers that end what they began.
+        yielding: no new requests begin, because its memory is wanted.
+        unloaded: on purpose.
+        swaps, restarts, failures: how often another build took over, a worker died, a start failed.
+    """
+
+    def __init__(self, settings: ModelSettings, changed: Callable[[], None]) -> None:
+        self.settings, self.changed = settings, changed
+        self.reader = reader_of(settings)
+        self.process: Process | None = None
+        self.leaving: set[Process] = set()
+        self.pace = Pace()
+        self.generation: Any = None
+        self.refused: Any = None  # a build that could not be loaded; the earlier one serves on
+        self.used = 0.0
+        self.measured: int | None = None
+        self.yielding, self.unloaded, self.closed = False, True, False
+        self.swaps = self.restarts = self.failures = 0
+        self.lock = asyncio.Lock()
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def name(self) -> str:
+        """By which requests ask for it."""
+        return self.settings.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that fits is served."""
+        return self.process is not None or self.unloaded
+
+    @property
+    def running(self) -> int:
+        """Pictures under way, in a worker that leaves too."""
+        return sum(len(p.receivers) for p in (*self.leaving, *([self.process] if self.process else [])))
+
+    def room(self) -> bool:
+        """Whether another picture can begin."""
+        process = self.process
+        return process is not None and not self.yielding and len(process.receivers) < self.settings.concurrency
+
+    def size(self) -> int:
+        """Bytes its worker holds, or would."""
+        if self.measured is None:
+            return int(self.reader.artifact.size_bytes() * LOADED_SIZE)
+        return self.measured
+
+    def measure(self) -> int | None:
+        """Bytes its worker holds now, mapped files included."""
+        held = held_bytes(self.process.pid) if self.process is not None and self.process.pid else None
+        self.measured = sum(held) if held is not None else self.measured
+        return self.measured if self.process is not None else None
+
+    async def load(self) -> None:
+        """Start a worker where there is none.
+
+        Raises:
+            LoadFailed: it cannot be loaded.
+        """
+        async with self.lock:
+            if self.process is None:
+                self.unloaded = False
+                await self._replace()
+
+    async def _replace(self) -> None:
+        """Start a worker on what lies in the folder now, and give it what comes from here on."""
+        before = generation_of(self.settings.folder)
+        process = Process(watchdog=self.settings.watchdog, ended=self._ended, pulsed=self._pulsed)
+        try:
+            await process.start(self.settings.load_message())
+            reader = reader_of(self.settings)
+        except Exception:
+            self.failures, self.refused = self.failures + 1, before
+            await process.kill()
+            raise
+        old, self.process = self.process, process
+        self.reader, self.generation, self.used = reader, before, time.monotonic()
+        self.yielding = False
+        if old is not None:
+            self.leave(old)
+        self.measure()
+        LOG.info("%s: worker %s loaded in %.1f s", self.name, process.pid, process.facts["seconds"])
+        self.changed()
+
+    def leave(self, process: Process) -> None:
+        """Let a worker end what it began."""
+        self.leaving.add(process)
+        self.spawn(self._left(process))
+
+    async def _left(self, process: Process) -> None:
+        await process.stop(self.settings.patience)
+        self.leaving.discard(process)
+        self.changed()
+
+    def unload(self) -> None:
+        """Give the memory back."""
+        if self.process is not None:
+            process, self.process = self.process, None
+            self.unloaded, self.yielding = True, False
+            self.leave(process)
+
+    def _pulsed(self, busy: bool) -> None:
+        """A round is over."""
+        self.pace.tick(time.monotonic(), busy=busy)
+
+    def _ended(self, process: Process) -> None:
+        """A worker's process is over."""
+        self.leaving.discard(process)
+        if process is self.process:
+            self.process = None
+            if not process.expected and not self.closed:
+                self.restarts += 1
+                LOG.warning("%s: worker %s died; it is started again", self.name, process.pid)
+                self.spawn(self._restart())
+        self.changed()
+
+    async def _restart(self) -> None:
+        """Start a worker again, more slowly each time it fails."""
+        for attempt in range(10**6):
+            await asyncio.sleep(RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)])
+            try:
+                await self.load()
+            except Exception as error:
+                LOG.error("%s: cannot be loaded: %s", self.name, error)  # noqa: TRY400 (the message says it)
+            else:
+                return
+
+    async def watch(self) -> None:
+        """Serve a new build as soon as it has taken the folder's place; if it cannot be loaded, the old one."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            found = generation_of(self.settings.folder)
+            if self.process is None or found is None or found in (self.generation, self.refused):
+                continue
+            async with self.lock:
+                if self.process is None:
+                    continue
+                try:
+                    await self._replace()
+                    self.swaps += 1
+                except Exception as error:
+                    LOG.error("%s: the new build cannot be loaded, the old one stays: %s", self.name, error)  # noqa: TRY400
+
+    def spawn(self, work: Any) -> None:
+        """Run something beside."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def close(self, patience: float) -> None:
+        """End every worker, after what it began."""
+        self.closed = True
+        processes = [*self.leaving, *([self.process] if self.process else [])]
+        for task in list(self.tasks):
+            task.cancel()
+        with contextlib.suppress(LoadFailed):
+            await asyncio.gather(*(process.stop(patience) for process in processes))
+        self.process = None

@@ -1,0 +1,88 @@
+"""Who is served next: a bounded queue with priorities, fair between clients."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+
+
+class Queued(Protocol):
+    """What can wait: of a client, with a priority from PRIORITIES' values."""
+
+    @property
+    def client(self) -> str:
+        """Who asks."""
+
+    @property
+    def priority(self) -> int:
+        """A value of PRIORITIES."""
+
+
+T = TypeVar("T", bound=Queued)
+
+
+class FairQueue(Generic[T]):
+    """At most `limit` waiting; the highest priority first, within it clients in turns, of a client the oldest.
+
+    With turns a client with a thousand requests delays another one's first by one, not by a thousand.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+        self.levels: dict[int, OrderedDict[str, deque[T]]] = {
+            level: OrderedDict() for level in sorted(PRIORITIES.values(), reverse=True)
+        }
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[T]:
+        """Everything that waits, of each client the oldest first."""
+        for clients in self.levels.values():
+            for line in clients.values():
+                yield from line
+
+    def room(self) -> int:
+        """How many more may wait."""
+        return self.limit - self.count
+
+    def put(self, item: T) -> None:
+        """Let it wait.
+
+        Raises:
+            IndexError: there is no room.
+        """
+        if self.count >= self.limit:
+            raise IndexError(self.limit)
+        self.levels[item.priority].setdefault(item.client, deque()).append(item)
+        self.count += 1
+
+    def pop(self, fits: Callable[[T], bool]) -> T | None:
+        """The next one that can be served now; its client's turn is over then."""
+        for clients in self.levels.values():
+            for client, line in clients.items():
+                found = next((item for item in line if fits(item)), None)
+                if found is None:
+                    continue
+                line.remove(found)
+                self.count -= 1
+                clients.move_to_end(client)
+                if not line:
+                    del clients[client]
+                return found
+        return None
+
+    def remove(self, item: T) -> bool:
+        """It does not want to be served any more; whether it was waiting."""
+        clients = self.levels[item.priority]
+        line = clients.get(item.client)
+        if line is None or item not in line:
+            return False
+        line.remove(item)
+        self.count -= 1
+        if not line:
+            del clients[item.client]
+        return True

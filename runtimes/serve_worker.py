@@ -1,0 +1,261 @@
+"""One artifact in a process of its own, serving requests together: ``python -m intaglio.runtimes.serve_worker``.
+
+Messages (see `intaglio.runtimes.serve_wire`) come on stdin and leave on stdout; what libraries print goes to stderr.
+The first is ``load``; then ``run``, ``cancel``, ``finish``, ``preview`` of a request by its ``id``, and ``stop``, which
+ends the process when the last request has ended. It also ends when stdin does, which is when the server has died.
+
+Events: ``loaded`` or ``failed``; ``step``, ``preview`` (a PNG), ``done`` (the pictures) or ``error`` of a request;
+``pulse`` after every round and once a second when there is nothing to do, which is what the watchdog waits for.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from intaglio.profiles.errors import NumericsError, ToolError, Unsupported, UsageError
+from intaglio.profiles.registry import pick, resolve
+from intaglio.runtimes.batching import Batcher, Outcome
+from intaglio.runtimes.embedding_cache import EmbeddingCache
+from intaglio.runtimes.previews import DECODERS, PREVIEW
+from intaglio.runtimes.serve_wire import packed, read
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from intaglio.runtimes.sampling import StepEvent
+
+LOADER = "intaglio.runtimes.pipeline:load"
+PULSE_SECONDS = 1.0
+PATH = re.compile(r"(?:/[\w.@+ -]+){2,}")
+# How pictures are written: (Pillow's name, whether ``compression`` 0 to 100 is its quality).
+PICTURE_FORMATS = {"png": ("PNG", False), "jpeg": ("JPEG", True), "webp": ("WEBP", True)}
+QUALITY = 95
+# Errors by kind: the client's, the checkpoint's, the machine's; everything else is a defect.
+KINDS: tuple[tuple[type[BaseException], str], ...] = (
+    (UsageError, "user"),
+    (Unsupported, "user"),
+    (NumericsError, "numerics"),
+    (MemoryError, "memory"),
+    (ToolError, "engine"),
+)
+
+
+def picture_bytes(image: Image, form: str, compression: int, texts: Mapping[str, str]) -> bytes:
+    """A picture as the bytes of a file; PNG carries `texts`.
+
+    Raises:
+        UsageError: the format is unknown.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    name, lossy = pick(PICTURE_FORMATS, form, "output_format")
+    target, options = io.BytesIO(), {"quality": compression} if lossy else {}
+    if name == "PNG" and texts:
+        info = PngInfo()
+        for key, value in texts.items():
+            info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
+        options = {"pnginfo": info}  # type: ignore[dict-item]
+    image.save(target, name, **options)
+    return target.getvalue()
+
+
+def said(error: BaseException) -> tuple[str, str]:
+    """The kind of an error, and what a client may read of it: never a path, nothing of a defect but that it is one."""
+    kind = next((word for cls, word in KINDS if isinstance(error, cls)), "internal")
+    if kind == "internal":
+        return kind, "the engine failed"
+    if kind == "memory":
+        return kind, "there was not enough memory for this request; ask for fewer pixels or pictures"
+    return kind, PATH.sub("…", " ".join(str(error).split()))
+
+
+class Worker:
+    """What runs in the process: one pipeline, its batcher, and the requests' own wishes.
+
+    Attributes:
+        wishes: by request, what ``run`` said beside the request itself.
+        noted: by request, the warnings it gave.
+    """
+
+    def __init__(self, out: Any) -> None:
+        self.out, self.lock = out, threading.Lock()
+        self.inbox: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | None] = queue.SimpleQueue()
+        self.encoder = ThreadPoolExecutor(1, "pictures")  # a PNG takes a while, in which the next step can run
+        self.pipeline: Any = None
+        self.batcher: Batcher | None = None
+        self.wishes: dict[str, dict[str, Any]] = {}
+        self.noted: dict[str, list[str]] = {}
+        self.stopping = False
+
+    def tell(self, event: str, blobs: Sequence[bytes] = (), **fields: Any) -> None:
+        """Send an event."""
+        data = packed({"event": event, **fields}, blobs)
+        with self.lock:
+            self.out.write(data)
+            self.out.flush()
+
+    def load(self, message: Mapping[str, Any]) -> None:
+        """Load the artifact; ``facts`` are what the server wants to know of it."""
+        start = time.perf_counter()
+        options = dict(message["options"])
+        try:
+            self.pipeline = resolve(message.get("loader") or LOADER)(message["folder"], **options)
+            cache = EmbeddingCache(limit=message["cache_bytes"])
+            self.batcher = Batcher(self.pipeline, rows=message.get("rows"), cache=cache)
+            if PREVIEW in self.pipeline.artifact.manifest.components:
+                self.pipeline.engines[PREVIEW]  # loads it: later the folder may be another build
+        except Exception as error:
+            traceback.print_exc()
+            kind, _ = said(error)
+            self.tell("failed", kind=kind, message=" ".join(f"{error}".split()))
+            raise SystemExit(1) from error
+        digest = self.pipeline.artifact.manifest.digest
+        self.tell("loaded", seconds=time.perf_counter() - start, pid=os.getpid(), digest=digest, rows=self.batcher.rows)
+
+    def run(self, message: Mapping[str, Any]) -> None:
+        """Begin a request."""
+        assert self.batcher is not None
+        ident = message["id"]
+        self.wishes[ident] = {**message, "previews": set(message.get("previews", ()))}
+        try:
+            request = self.pipeline.request(message["prompt"], **message["parameters"])
+            self.batcher.add(ident, request, lambda event: self.stepped(ident, event))
+        except Exception as error:
+            self.ended(Outcome(ident, None, error))
+
+    def stepped(self, ident: str, event: StepEvent) -> None:
+        """Tell of a step, and show what it sees where that is wanted."""
+        wish = self.wishes[ident]
+        self.tell("step", id=ident, index=event.index, total=event.total, seconds=event.seconds)
+        if event.index in wish["previews"] or wish.pop("preview", False):
+            small = PREVIEW in self.pipeline.artifact.manifest.components
+            picture = event.preview(PREVIEW if small else DECODERS[0])[0]
+            form, compression = wish["form"], wish["compression"]
+            self.encoder.submit(self.send_preview, ident, event.index, picture, form, compression)
+
+    def send_preview(self, ident: str, index: int, picture: Image, form: str, compression: int) -> None:
+        """Encode a preview and send it."""
+        self.tell("preview", [picture_bytes(picture, form, compression, {})], id=ident, index=index)
+
+    def ended(self, outcome: Outcome) -> None:
+        """Send a request's result or error."""
+        wish = self.wishes.pop(outcome.ident)
+        notes = self.noted.pop(outcome.ident, [])
+        if outcome.error is None:
+            self.encoder.submit(self.send_done, outcome, wish, notes)
+            return
+        kind, text = said(outcome.error)
+        if kind == "internal":
+            self.print_error(outcome.error)
+        self.tell("error", id=outcome.ident, kind=kind, message=text, warnings=notes)
+
+    def send_done(self, outcome: Outcome, wish: Mapping[str, Any], notes: list[str]) -> None:
+        """Encode the pictures and send them."""
+        result = outcome.result
+        assert result is not None
+        try:
+            blobs = [picture_bytes(i, wish["form"], wish["compression"], wish["texts"]) for i in result.images]
+        except Exception as error:
+            self.print_error(error)
+            self.tell("error", id=outcome.ident, kind="internal", message=said(error)[1], warnings=notes)
+            return
+        if wish.get("latents"):
+            blobs.append(result.latents.astype("<f4").tobytes())
+        parameters = {k: v for k, v in result.parameters.items() if k not in ("prompt", "negative_prompt")}
+        self.tell(
+            "done", blobs, id=outcome.ident, seconds=result.seconds, parameters=parameters, warnings=notes,
+            size=list(result.images[0].size),
+        )  # fmt: skip
+
+    def print_error(self, error: BaseException) -> None:
+        """The traceback of a defect, for the log: its frames, and of its message nothing, which may quote a prompt."""
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        print(f"{frames}{type(error).__name__}", file=sys.stderr, flush=True)
+
+    def cancel(self, message: Mapping[str, Any]) -> None:
+        """Drop a request."""
+        assert self.batcher is not None
+        self.batcher.cancel(message["id"])
+        self.wishes.pop(message["id"], None)
+        self.noted.pop(message["id"], None)
+
+    def finish(self, message: Mapping[str, Any]) -> None:
+        """End a request after its next step."""
+        assert self.batcher is not None
+        self.batcher.finish(message["id"])
+
+    def preview(self, message: Mapping[str, Any]) -> None:
+        """Show the next step of a request."""
+        if message["id"] in self.wishes:
+            self.wishes[message["id"]]["preview"] = True
+
+    def stop(self, message: Mapping[str, Any]) -> None:
+        """End when the last request has ended."""
+        self.stopping = True
+
+    def note(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
+        """In the place of `warnings.showwarning`: a request's warnings go to its client, never to the log."""
+        current = self.batcher.current if self.batcher is not None else None
+        if current is not None and not issubclass(category, DeprecationWarning):
+            self.noted.setdefault(current, []).append(PATH.sub("…", str(message)))
+
+    def serve(self) -> None:
+        """Rounds of the batcher, messages between them."""
+        while not (self.stopping and not self.wishes):
+            busy = self.batcher is not None and len(self.batcher) > 0
+            try:
+                message = self.inbox.get(block=not busy, timeout=PULSE_SECONDS)
+            except queue.Empty:
+                self.advance()
+                continue
+            if message is None:
+                os._exit(1)  # the server is gone, and with it whoever waited
+            do = message[0]["do"]
+            {"load": self.load, "run": self.run, "cancel": self.cancel, "finish": self.finish, "preview": self.preview,
+             "stop": self.stop}[do](message[0])  # fmt: skip
+        self.encoder.shutdown(wait=True)
+
+    def advance(self) -> None:
+        """One round, and a pulse."""
+        if self.batcher is None:
+            return
+        for outcome in self.batcher.advance() if len(self.batcher) else ():
+            self.ended(outcome)
+        cache = self.batcher.cache
+        facts = {"calls": self.batcher.calls, "rows": self.batcher.rows_run, "running": len(self.batcher)}
+        self.tell("pulse", (), **facts, cache_hits=cache.hits, cache_misses=cache.misses, cache_bytes=cache.held)
+
+    def listen(self) -> None:
+        """Put what comes on stdin into the inbox."""
+        while (message := read(sys.stdin.buffer)) is not None:
+            self.inbox.put(message)
+        self.inbox.put(None)
+
+
+def main() -> int:
+    """Serve until told to stop."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    worker = Worker(out)
+    warnings.simplefilter("always")
+    warnings.showwarning = worker.note  # type: ignore[assignment]
+    threading.Thread(target=worker.listen, daemon=True).start()
+    worker.serve()
+    out.flush()
+    os._exit(0)  # the thread that reads stdin cannot be ended
+
+
+if __name__ == "__main__":
+    sys.exit(main())
