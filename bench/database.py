@@ -23,7 +23,12 @@ FOLDER = Path("bench/results")
 README = ROOT / "README.md"
 START = "<!-- measured: python -m intaglio.bench.database -->"
 END = "<!-- end of measured -->"
-SHOWN = "embedded"  # the README's report, by name
+# The README's reports by name, and what stands above each table. The first one has what is there for everybody.
+SHOWN = {
+    "embedded": "",
+    "sd15-unet": "The same at a real size: Stable Diffusion 1.5's UNet (860 M parameters, random weights, a small VAE: "
+    "`python -m intaglio.bench.real_size`), 512x512, two steps without guidance.",
+}
 DIGITS = 12
 FILE = re.compile(r"(?P<name>[a-z0-9-]+)-(?P<digest>[0-9a-f]{12})\.json")
 DECIDING = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")  # what tells machines of one name apart
@@ -76,7 +81,7 @@ def reports(root: Path) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def shown(root: Path, name: str = SHOWN) -> tuple[Path, dict[str, Any]]:
+def shown(root: Path, name: str = next(iter(SHOWN))) -> tuple[Path, dict[str, Any]]:
     """The newest report of a name.
 
     Raises:
@@ -89,20 +94,24 @@ def shown(root: Path, name: str = SHOWN) -> tuple[Path, dict[str, Any]]:
 
 
 def block(root: Path = ROOT / FOLDER) -> str:
-    """The README's table and where it comes from."""
-    path, report = shown(root)
+    """The README's tables and where they come from."""
+    return "\n".join([START, "\n\n".join(table(root, name, title) for name, title in SHOWN.items()), END])
+
+
+def table(root: Path, name: str, title: str) -> str:
+    """One report's table under its title, and how it was measured."""
+    path, report = shown(root, name)
     source = path.relative_to(root.parent.parent).as_posix()
     facts = report["settings"]
     return "\n".join(
         [
-            START,
+            *([title, ""] if title else []),
             *markdown_table(report),
             "",
             f"Measured by `{report['command']}` on {sentence(report['machine'])}; every figure is of "
             f"[{path.stem}]({source}). “x {report['reference']['backend']}” is the median ratio of {facts['rounds']} "
             f"interleaved rounds to {report['reference']['label']}, with its range; PSNR, SSIM and FLIP are the worst "
             f"of {len(facts['prompts'])} prompts against it from the same noise.",
-            END,
         ]
     )
 

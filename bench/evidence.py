@@ -44,6 +44,12 @@ LARGE_SOURCES = (
     *(f"exporters/{n}.py" for n in ("capture", "repeat", "store", "streamed", "parity", "mapped_tensors")),
     *(f"quantize/{n}.py" for n in ("int4", "int8", "arrays", "tensors", "segments", "decode")),
 )
+SERVE_SOURCES = (
+    *(f"runtimes/{n}.py" for n in ("batching", "evaluation", "embedding_cache", "serve_admission", "serve_app")),
+    *(f"runtimes/serve_{n}.py" for n in ("connection", "guard", "hub", "model", "openai", "pace", "process", "queue")),
+    *(f"runtimes/serve_{n}.py" for n in ("room", "ticket", "wire", "worker")),
+    *("bench/evidence_serve.py", "bench/serve_load.py"),
+)
 CHECKS = {
     "emoji": Check(
         run="intaglio.bench.evidence_emoji:measure",
@@ -126,6 +132,40 @@ CHECKS = {
             "profiles/emoji/**/*.safetensors",
         ),
         about="the denoiser's seconds by our worker, by OpenVINO's benchmark_app and by a bare ONNX Runtime loop",
+    ),
+    "nncf": Check(
+        run="intaglio.bench.evidence_nncf:measure",
+        sources=(
+            *("bench/evidence_nncf.py", "bench/peer_nncf.py", "bench/formats_cells.py", "bench/evidence_formats.py"),
+            *("quantize/*.py", "exporters/lower_openvino.py", "exporters/openvino_passes.py"),
+            *("runtimes/engine_openvino.py", "profiles/family.sd.toml", "profiles/emoji/**/*.safetensors"),
+        ),
+        about="NNCF's int8 and int4 beside ours at the same layers of the same graph: size, seconds, error, fidelity",
+    ),
+    "ray": Check(
+        run="intaglio.bench.evidence_ray:measure",
+        sources=("runtimes/ray_*.py", "bench/evidence_ray.py", "runtimes/batch*.py", "runtimes/serve_hub.py"),
+        about="Ray: two replicas under load, one of them killed; a batch that equals the one made without Ray",
+    ),
+    "serve": Check(
+        run="intaglio.bench.evidence_serve:measure",
+        sources=SERVE_SOURCES,
+        about="ten times the server's capacity for a minute: deadlines, statuses, memory",
+    ),
+    "serve_soak": Check(
+        run="intaglio.bench.evidence_serve:measure_soak",
+        sources=SERVE_SOURCES,
+        about="a thousand pictures among wrong requests and clients that hang up: memory, descriptors, threads",
+    ),
+    "serve_fuzz": Check(
+        run="intaglio.bench.evidence_serve:measure_fuzz",
+        sources=("runtimes/serve_*.py", "bench/evidence_serve.py"),
+        about="schemathesis with all of its checks, ten thousand cases: no 5xx",
+    ),
+    "serve_speed": Check(
+        run="intaglio.bench.evidence_serve_speed:measure",
+        sources=(*SERVE_SOURCES, "bench/evidence_serve_speed.py", "runtimes/loop.py", "runtimes/engine_o*.py"),
+        about="a served picture over a bare loop's; pictures a second by clients, with shared calls and without",
     ),
     "fresh_clone": Check(
         run="intaglio.bench.evidence_fresh_clone:measure",

@@ -50,6 +50,7 @@ THEIRS = "NNCF "
 # Our format -> NNCF's mode: symmetric, a scale an output channel or a block of input channels, as ours.
 MODES = {"int8": "int8_sym", "int4": "int4_sym", "int4-32": "int4_sym", "int4-128": "int4_sym"}
 WEIGHTED = ("MatMul", "Convolution", "GroupConvolution", "Gather")
+DECOMPRESSION = ("Convert", "Subtract", "Multiply", "Reshape")
 STORED = {"i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4"}  # OpenVINO's types of codes
 
 
@@ -64,30 +65,39 @@ class Settings:
 
 
 def layers_of_ir(path: Path) -> dict[str, tuple[str, str]]:
-    """Name of a weight's constant -> name of the operation that reads it, and the type its values are stored in.
+    """Name of an operation with a weight -> the name of the weight's constant, and the type its values are stored in.
 
-    Decompression (Convert, Subtract, Multiply, Reshape) between the two is looked through.
+    Decompression (Convert, Subtract, Multiply, Reshape) between the two is looked through; of the constants that an
+    operation then has, codes, scales and zero points, the largest is the weight.
     """
     openvino = need("openvino", extra="openvino")
-    found = {}
+    found: dict[str, tuple[int, str, str]] = {}
     for op in openvino.Core().read_model(path).get_ordered_ops():
-        if op.get_type_name() != "Constant" or op.get_output_shape(0).__len__() < 2:
+        if op.get_type_name() != "Constant" or len(op.get_output_shape(0)) < 2:
             continue
-        node = op
-        while len(readers := list(node.output(0).get_target_inputs())) == 1:
-            node = readers[0].get_node()
-            if node.get_type_name() in WEIGHTED:
-                found[op.get_friendly_name()] = (node.get_friendly_name(), op.get_element_type().get_type_name())
-                break
-            if node.get_type_name() not in ("Convert", "Subtract", "Multiply", "Reshape"):
-                break
-    return found
+        reader = reader_of(op)
+        size = int(np.prod(op.get_output_shape(0)))
+        if reader is not None and size > found.get(reader, (0,))[0]:
+            found[reader] = size, op.get_friendly_name(), op.get_element_type().get_type_name()
+    return {reader: (constant, kind) for reader, (_, constant, kind) in found.items()}
+
+
+def reader_of(constant: Any) -> str | None:
+    """The operation with a weight that a constant is read by, decompression aside; ``None`` where it is no weight."""
+    node = constant
+    while len(readers := list(node.output(0).get_target_inputs())) == 1:
+        node = readers[0].get_node()
+        if node.get_type_name() in WEIGHTED:
+            return str(node.get_friendly_name())
+        if node.get_type_name() not in DECOMPRESSION:
+            return None
+    return None
 
 
 def plan_of(source: Artifact, ours: Artifact, component: str, output: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The plan for `peer_nncf`, and the format that each of its operations has in our artifact."""
     path = source.component(component) / XML
-    readers = {constant: reader for constant, (reader, _) in layers_of_ir(path).items()}
+    readers = {constant: reader for reader, (constant, _) in layers_of_ir(path).items()}
     plain, own = (a.manifest.components[component].weights for a in (source, ours))
     chosen = {
         readers[record.initializer]: own[name].format
@@ -125,7 +135,7 @@ def by_nncf(source: Artifact, ours: Artifact, folder: Path) -> tuple[Artifact, d
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise ToolError(f"NNCF failed on {component}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
-        stored = {reader: STORED.get(kind, kind) for reader, kind in layers_of_ir(made).values()}
+        stored = {reader: STORED.get(kind, kind) for reader, (_, kind) in layers_of_ir(made).items()}
         for suffix in (".xml", ".bin"):
             made.with_suffix(suffix).replace(folder / component / Path(XML).with_suffix(suffix))
         asked = {name: form.partition("-")[0] for name, form in chosen.items()}

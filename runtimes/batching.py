@@ -6,6 +6,7 @@ request has its next `Evaluation`, whatever its step, and those of one shape are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class Batcher:
         self.cache = EmbeddingCache() if cache is None else cache
         self.engines = CachedComponents(pipeline.engines, pipeline.sampler, self.cache)
         self.jobs: dict[str, Job] = {}
-        self.calls, self.rows_run = 0, 0  # of the denoiser so far
+        self.calls = self.rows_run = self.rounds = 0  # of the denoiser so far; rounds that had one
         self.current: str | None = None  # whose own code runs: its warnings are its own
 
     def __len__(self) -> int:
@@ -99,6 +100,7 @@ class Batcher:
         """One round: every request one step further; those that ended, in the order they came."""
         outcomes = [self._go(job, None) for job in list(self.jobs.values()) if job.wanted is None]
         jobs = list(self.jobs.values())
+        self.rounds += bool(jobs)
         answers = self._evaluate(jobs) if jobs else []
         for job, answer in zip(jobs, answers, strict=True):
             if isinstance(answer, Exception):
@@ -151,7 +153,7 @@ class Batcher:
             return self._end(job, None, error)
         finally:
             self.current = None
-        job.wanted = event
+        job.wanted = dataclasses.replace(event, feeds=tuple(self.sampler.widened(feeds) for feeds in event.feeds))
         return None
 
     def _end(self, job: Job, result: Result | None, error: Exception | None) -> Outcome:

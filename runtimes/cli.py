@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import parse_assignments
+from intaglio.runtimes.infotext import infotext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -228,7 +229,8 @@ def write_png(file: Path, image: Any, parameters: dict[str, Any], pipeline: Pipe
 
     manifest = pipeline.artifact.manifest
     info = PngInfo()
-    info.add_itxt("parameters", infotext(parameters, manifest.name))
+    prompt, others = parameters["prompt"], {k: v for k, v in parameters.items() if k != "prompt"}
+    info.add_itxt("parameters", infotext(prompt, others, model=manifest.name, digest=manifest.digest))
     facts = {**parameters, "artifact": manifest.digest, "backend": pipeline.backend, "recipe": manifest.recipe}
     info.add_itxt("intaglio", json.dumps(facts, ensure_ascii=False))
     save_png(file, image, info)
@@ -248,19 +250,6 @@ def save_png(file: Path, image: Image, info: PngInfo | None = None) -> None:
         raise UsageError(f"{file} cannot be written ({error.strerror}); choose another output folder") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def infotext(parameters: dict[str, Any], model: str) -> str:
-    """The line webuis read back: prompt, negative prompt, then ``Steps: …, Sampler: …``."""
-    lines = [parameters["prompt"]]
-    if parameters["negative_prompt"]:
-        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
-    lines.append(
-        f"Steps: {parameters['num_inference_steps']}, Sampler: {parameters['scheduler']}, "
-        f"CFG scale: {parameters.get('guidance_scale', parameters.get('true_cfg_scale'))}, Seed: {parameters['seed']}, "
-        f"Size: {parameters['width']}x{parameters['height']}, Model: {model}"
-    )
-    return "\n".join(lines)
 
 
 GENERATE = Verb(configure, run)

@@ -93,6 +93,9 @@ class Sampler(ABC):
         self.settings = artifact.manifest.settings
         text = (artifact.folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
         self.scheduler_config = SchedulerConfig.from_dict(json.loads(text))
+        configs = {name: artifact.component(name) / "config.json" for name in DECODERS}
+        # Read now: by the time of a request the folder may be another build.
+        self.decoder_kinds = {name: decoder_kind(file) for name, file in configs.items() if file.is_file()}
 
     # What a family says.
 
@@ -103,6 +106,10 @@ class Sampler(ABC):
     @abstractmethod
     def model_feeds(self, request: Request, sample: np.ndarray, timestep: np.float32, branch: Branch) -> Feeds:
         """The feeds that change with every step: `sample` [pictures, C, h, w] packed as the denoiser takes it, time."""
+
+    def widened(self, feeds: Feeds) -> Feeds:
+        """The same feeds with the text padded to a common length, so that requests of unlike prompts share a call."""
+        return feeds
 
     def prediction(self, request: Request, output: np.ndarray) -> np.ndarray:
         """The denoiser's first output as [pictures, C, h, w]."""
@@ -320,7 +327,7 @@ class Sampler(ABC):
             return engines[decoder].run({"latent_sample": part})["sample"]
 
         factor = self.settings["vae_scale_factor"]
-        channels, attends = decoder_kind(self.artifact.component(decoder) / "config.json")
+        channels, attends = self.decoder_kinds[decoder]
         budget = request.options["vae_memory"]
         needed = decode_bytes(request.height, request.width, channels, factor, attends=attends) / GIB  # one picture's
         if needed <= budget or max(request.height, request.width) <= TILE:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from intaglio.runtimes.evaluation import Feeds
 from intaglio.runtimes.loop import Branch, Components
 from intaglio.runtimes.packed import PackedSampler
 from intaglio.runtimes.sampling import Clock, Parameter, Request, check_finite
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from intaglio.profiles.artifact import Artifact
 
 ID_AXES = 3
+BUCKET = 64  # tokens: prompts whose lengths end in the same one share calls of the denoiser
 
 
 class QwenImage(PackedSampler):
@@ -93,6 +95,21 @@ class QwenImage(PackedSampler):
                 "txt_ids": text_ids(longest, *self.grid(request)),
             },
         )
+
+    def widened(self, feeds: Feeds) -> Feeds:
+        """See `Sampler.widened`: tokens that the mask hides, up to the next multiple of `BUCKET`."""
+        states, mask, ids = (feeds[n] for n in ("encoder_hidden_states", "encoder_hidden_states_mask", "txt_ids"))
+        length = states.shape[1]
+        wanted = min(-(-length // BUCKET) * BUCKET, self.manifest.shapes["tokens"].max)
+        if wanted <= length:
+            return feeds
+        more = np.arange(length, wanted, dtype=np.float32) + ids[0, 0]
+        return {
+            **feeds,
+            "encoder_hidden_states": np.pad(states, ((0, 0), (0, wanted - length), (0, 0))),
+            "encoder_hidden_states_mask": np.pad(mask, ((0, 0), (0, wanted - length))),
+            "txt_ids": np.concatenate([ids, np.repeat(more[:, None], ID_AXES, axis=1)]),
+        }
 
     def combine(self, request: Request, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Sampler.combine`; then each token is given the length it has in the conditional prediction."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from intaglio import __version__
 from intaglio.profiles.errors import ToolError
 from intaglio.profiles.registry import resolve
-from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError
+from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError, without_paths
 from intaglio.runtimes.serve_guard import Guard, Keys, shaped
 from intaglio.runtimes.serve_hub import Hub
 from intaglio.runtimes.serve_limits import Limits
@@ -25,6 +25,16 @@ from intaglio.runtimes.serve_room import Protocol, Room
 # Protocol -> "module:PROTOCOL". The first one's errors are those of paths that nobody has.
 PROTOCOLS = {
     "openai": "intaglio.runtimes.serve_openai:PROTOCOL",
+    "batches": "intaglio.runtimes.serve_batches:PROTOCOL",
+    "huggingface": "intaglio.runtimes.serve_huggingface:PROTOCOL",
+    "page": "intaglio.runtimes.serve_page:PROTOCOL",
+    "metrics": "intaglio.runtimes.serve_metrics:PROTOCOL",
+    "sdapi": "intaglio.runtimes.serve_sdapi:PROTOCOL",
+    "kserve": "intaglio.runtimes.serve_kserve:PROTOCOL",
+}
+ANY_ERROR = {
+    "description": "an error, in the shape of the route's protocol; the header x-request-id names it in the log",
+    "content": {"application/json": {"schema": {"type": "object"}}},
 }
 PATIENCE = 30.0  # seconds for what is under way when the server ends
 
@@ -42,6 +52,7 @@ def make_app(
     hosts: Sequence[str] = ("*",),
     limits: Limits | None = None,
     begun: Callable[[Exception | None], None] = lambda error: None,
+    without: Sequence[str] = (),
 ) -> Guard:
     """The application; its lifespan starts the workers and ends them.
 
@@ -51,9 +62,10 @@ def make_app(
         hosts: names that ``Host`` may have.
         limits: of requests.
         begun: told when the workers are loaded, or why they cannot be; ``/ready`` says no until then.
+        without: names of PROTOCOLS that are left out.
     """
     limits = limits or Limits()
-    protocols: list[Protocol] = [resolve(path) for path in PROTOCOLS.values()]
+    protocols: list[Protocol] = [resolve(path) for name, path in PROTOCOLS.items() if name not in without]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,14 +89,49 @@ def make_app(
         app.include_router(protocol.router(room))
     add_health(app, hub)
 
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
+
     def answer(request: Request, error: ServeError) -> Response:
+        if isinstance(error, MethodNotAllowed):
+            error.headers["Allow"] = ", ".join(methods_of(app.routes, request.url.path))
         ident = request.scope.get("state", {}).get("id", "")
         body = shaped(protocols, request.url.path, error, ident)
         return JSONResponse(body, status_code=error.status, headers=error.headers)
 
     for kind, make in ERRORS.items():
         app.add_exception_handler(kind, lambda request, error, make=make: answer(request, make(error)))
-    return Guard(app, protocols=protocols, keys=keys or Keys(None), hosts=hosts, limits=limits)
+    guarded = keys or Keys(None)
+    return Guard(app, protocols=protocols, keys=guarded, hosts=hosts, limits=limits, tell=hub.tell)
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: every route may answer with an error, and none does with FastAPI's own 422.
+
+    A page that shares its path with an interface is mentioned there.
+    """
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for name, path in document["paths"].items():
+            for method in methods_of(app.routes, name):
+                path.setdefault(method.lower(), {"summary": "for browsers", "responses": {"200": {"description": ""}}})
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+                operation["responses"].setdefault("default", ANY_ERROR)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+    return app.openapi_schema or {}
+
+
+def methods_of(routes: Iterable[Any], path: str) -> list[str]:
+    """The methods that a path has; Starlette names those of one of its routes."""
+    found: set[str] = set()
+    for route in routes:
+        inner = getattr(route, "original_router", None)  # how newer versions of FastAPI keep included ones
+        if inner is not None:
+            found.update(methods_of(inner.routes, path))
+        elif hasattr(route, "path_regex") and route.path_regex.match(path):
+            found.update(route.methods or ())
+    return sorted(found)
 
 
 async def begin(hub: Hub, begun: Callable[[Exception | None], None]) -> None:
@@ -135,14 +182,14 @@ def from_http(error: Any) -> ServeError:
         return NotFound("there is no such path here")
     if error.status_code == 405:
         return MethodNotAllowed("this path has no such method", headers=error.headers)
-    made = ServeError(str(error.detail), headers=error.headers)
+    made = (BadRequest if error.status_code < 500 else ServeError)(str(error.detail), headers=error.headers)
     made.status = error.status_code
     return made
 
 
 ERRORS: dict[type[Exception], Any] = {
     ServeError: lambda error: error,
-    ToolError: lambda error: BadRequest(str(error)),
+    ToolError: lambda error: BadRequest(without_paths(str(error))),
     RequestValidationError: from_validation,
     HTTPException: from_http,
     Exception: lambda error: ServeError("the server failed"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +20,14 @@ from intaglio.profiles.sizes import parse_bytes
 from intaglio.runtimes.cli import split_settings
 
 if TYPE_CHECKING:
+    from intaglio.runtimes.serve_guard import Guard
     from intaglio.runtimes.serve_hub import Hub
     from intaglio.runtimes.serve_model import ModelSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEEP_ALIVE = 15  # seconds an idle connection stays open
+REQUEST_LINE = 4096  # bytes
+GOODBYE = 5  # seconds for the answers to what was given up at the end
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME", help="a name in Host beside --host's; repeatable"
     )
     parser.add_argument("--drain", type=float, default=60, metavar="S", help="seconds for what is under way at the end")
+    parser.add_argument("--telemetry", action="store_true", help="send spans to OTEL_EXPORTER_OTLP_ENDPOINT")
+    parser.add_argument("--telemetry-prompts", action="store_true", help="with the prompts in them")
     parser.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"))
 
 
@@ -71,7 +78,7 @@ def models_of(args: argparse.Namespace) -> list[ModelSettings]:
     if others:
         raise UsageError(f"--set {next(iter(others))} is a request's, not the server's; allowed: {args.backend}.KEY")
     for name in ("concurrency", "queue", "deadline", "watchdog"):
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise UsageError(f"--{name} {getattr(args, name)} is not allowed: above 0")
     found = []
     for text in args.artifact:
@@ -98,6 +105,20 @@ def hub_of(args: argparse.Namespace) -> Hub:
     return Hub(models_of(args), HubSettings(queue=args.queue, deadline=args.deadline, memory=memory))
 
 
+def watch(hub: Hub, args: argparse.Namespace) -> None:
+    """Send spans, where that is asked for.
+
+    Raises:
+        UsageError: prompts without spans, or nowhere to send them to.
+    """
+    if args.telemetry_prompts and not args.telemetry:
+        raise UsageError("--telemetry-prompts needs --telemetry")
+    if args.telemetry:
+        from intaglio.runtimes.serve_traces import trace
+
+        trace(hub, prompts=args.telemetry_prompts)
+
+
 def hosts_of(host: str, allowed: Sequence[str]) -> tuple[str, ...]:
     """The names that ``Host`` may have."""
     from intaglio.runtimes.serve_guard import LOCAL
@@ -115,9 +136,12 @@ def run(args: argparse.Namespace) -> int:
     need("fastapi", extra="serve")
     uvicorn = need("uvicorn", extra="serve")
     from intaglio.runtimes.serve_app import make_app
+    from intaglio.runtimes.serve_connection import connection_class
     from intaglio.runtimes.serve_guard import Keys
     from intaglio.runtimes.serve_limits import Limits
 
+    if not 0 <= args.drain < math.inf:
+        raise UsageError(f"--drain {args.drain} is not allowed: 0 or more seconds")
     keys, limits = Keys(args.api_key_file), Limits(parse_assignments(args.limit))
     if args.host not in LOOPBACK and not keys and not args.no_key:
         raise UsageError(
@@ -126,50 +150,52 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)  # who is served when is ours to say
-    hub, process = hub_of(args), Announced()
+    hub = hub_of(args)
+    process = Announced(hub, args.drain)
+    watch(hub, args)
     app = make_app(hub, keys=keys, hosts=hosts_of(args.host, args.allowed_host), limits=limits, begun=process.begun)
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_config=None, access_log=False, server_header=False, lifespan="on",
-        h11_max_incomplete_event_size=limits["header_bytes"] + 4096, limit_concurrency=limits["connections"],
-        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=int(args.drain) or None, ws="none",
-        http="h11", loop="asyncio",  # not what happens to be installed: h11 bounds headers
+        h11_max_incomplete_event_size=limits["header_bytes"] + REQUEST_LINE, timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=math.ceil(args.drain) + GOODBYE, ws="none", loop="asyncio",
+        http=connection_class(limits, app.first_error),  # h11, not what happens to be installed: it bounds headers
+        proxy_headers=False,  # a client could call itself another one
     )  # fmt: skip
-    return process.serve(config, hub)
+    return process.serve(config, app)
 
 
 class Announced:
     """uvicorn's server, which says where it serves as soon as it does, and why it cannot."""
 
-    def __init__(self) -> None:
+    def __init__(self, hub: Hub, drain: float) -> None:
+        self.hub, self.drain = hub, drain
         self.server: Any = None
-        self.hub: Hub | None = None
         self.failure: Exception | None = None
 
-    def serve(self, config: Any, hub: Hub) -> int:
+    def serve(self, config: Any, app: Guard) -> int:
         """Until SIGTERM or Ctrl-C, after what is under way then; 1 where it cannot listen.
 
         Raises:
             ToolError: an artifact cannot be loaded.
         """
-        uvicorn, draining = need("uvicorn", extra="serve"), self.drain
-        self.hub = hub
+        uvicorn, hub, drain = need("uvicorn", extra="serve"), self.hub, self.drain
 
         class Server(uvicorn.Server):  # type: ignore[name-defined]
             def handle_exit(self, sig: int, frame: Any) -> None:
-                draining()
+                hub.draining = True  # ``/ready`` says no, to those that still are connected
                 super().handle_exit(sig, frame)
 
-        self.server = Server(config)
+            async def shutdown(self, sockets: Any = None) -> None:
+                asyncio.get_running_loop().call_later(drain, hub.fail_all)  # an answer, not a broken connection
+                await super().shutdown(sockets)
+
+        self.server = server = Server(config)
+        app.connections = lambda: len(server.server_state.connections)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended well
             self.server.run()
         if self.failure is not None:
             raise self.failure
         return 0 if self.server.started else 1
-
-    def drain(self) -> None:
-        """``/ready`` says no, to those that still are connected."""
-        assert self.hub is not None
-        self.hub.draining = True
 
     def begun(self, failure: Exception | None) -> None:
         """Workers are loaded, or cannot be."""
@@ -177,7 +203,9 @@ class Announced:
         if failure is not None:
             self.server.should_exit = True
             return
-        assert self.hub is not None
+        if not self.server.started:  # it does not listen yet
+            asyncio.get_running_loop().call_later(0.01, self.begun, None)
+            return
         for server in self.server.servers:
             for socket in server.sockets:
                 host, port = socket.getsockname()[:2]

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+
+PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
+
+
+def without_paths(text: str, *known: object) -> str:
+    """One line without the paths in it; those that are `known` are found though they have spaces."""
+    for path in sorted({str(path) for path in known if str(path)}, key=len, reverse=True):
+        text = text.replace(path, "…")
+    return PATH.sub("…", " ".join(text.split()))
+
+
+def writable(text: str) -> str:
+    """Text that UTF-8 can write: halves of surrogate pairs, which a client may have sent, become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class ServeError(Exception):
@@ -22,7 +37,8 @@ class ServeError(Exception):
 
     def __init__(self, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.message, self.param, self.headers = message, param, dict(headers or {})
+        self.message, self.headers = writable(message), dict(headers or {})
+        self.param = None if param is None else writable(param)
 
 
 class BadRequest(ServeError):

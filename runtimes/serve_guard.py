@@ -10,15 +10,15 @@ import hmac
 import logging
 import re
 import time
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from intaglio.profiles.errors import UsageError
-from intaglio.runtimes.serve_errors import BadRequest, Forbidden, ServeError, TooLarge, Unauthorized, WrongMedia
+from intaglio.runtimes.serve_errors import BadRequest, Forbidden, Lost, ServeError, TooLarge, Unauthorized, WrongMedia
 from intaglio.runtimes.serve_limits import Limits
+from intaglio.runtimes.serve_process import log_defect
 from intaglio.runtimes.serve_room import Protocol, as_json
 
 LOG = logging.getLogger("intaglio.serve")
@@ -30,6 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})  # without a key
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+SINGLE = frozenset({"host", "origin", "authorization", "content-type", "content-length", "transfer-encoding"})
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 SHORTEST_KEY = 16
 HEADERS = (
@@ -68,6 +69,10 @@ class Keys:
                     f"--api-key-file {file}, line {number}: a key of {len(key)} characters; "
                     f"allowed: {SHORTEST_KEY} or more"
                 )
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise UsageError(
+                    f"--api-key-file {file}, line {number}: a key has ASCII characters only, and no spaces"
+                )
             self.names[hashlib.sha256(key.encode()).digest()] = name if colon else f"key {number}"
         if not self.names:
             raise UsageError(f"--api-key-file {file} has no key; write one a line")
@@ -103,15 +108,27 @@ class Guard:
         keys: who may ask; none: everybody.
         hosts: names in ``Host`` that are this server's; ``*``: all. Others are pages that rebind their name to it.
         limits: of bodies.
+        tell: told when a request comes and when it is answered, for those who count; see `Hub.tell`.
+
+    Attributes:
+        connections: how many there are; whoever listens sets it.
 
     Nothing is believed of ``X-Forwarded-For``: a client behind a proxy has a key of its own.
     """
 
     def __init__(
-        self, app: App, *, protocols: Sequence[Protocol], keys: Keys, hosts: Sequence[str], limits: Limits
+        self,
+        app: App,
+        *,
+        protocols: Sequence[Protocol],
+        keys: Keys,
+        hosts: Sequence[str],
+        limits: Limits,
+        tell: Callable[..., None] = lambda what, **facts: None,
     ) -> None:
-        self.app, self.protocols, self.keys, self.limits = app, protocols, keys, limits
+        self.app, self.protocols, self.keys, self.limits, self.tell = app, protocols, keys, limits, tell
         self.hosts = frozenset(host.lower() for host in hosts)
+        self.connections: Callable[[], int] = lambda: 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -124,30 +141,43 @@ class Guard:
         ident, start = uuid.uuid4().hex, time.perf_counter()
         state = scope.setdefault("state", {})
         state["id"] = ident
+        self.tell("asked", scope=scope)
         sent: list[int] = []
+        broken: list[ServeError] = []  # what the body broke: the answer then, whatever the route makes of it
 
         async def answer(message: Message) -> None:
+            if broken and not sent:
+                return
             if message["type"] == "http.response.start":
                 sent.append(message["status"])
                 given = {name.lower() for name, _ in message.get("headers", [])}
                 extra = [(name, value) for name, value in HEADERS if name not in given]
-                message["headers"] = [*message.get("headers", []), *extra, (b"x-request-id", ident.encode())]
+                extra += [*state.get("headers", ()), (b"x-request-id", ident.encode())]
+                message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
         try:
-            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            headers = single(scope)
             self.admit(scope, headers)
-            await self.app(scope, self.bounded(receive, headers), answer)
+            await self.app(scope, self.bounded(receive, headers, broken), answer)
         except ServeError as error:
-            await self.refuse(scope, error, ident, answer if not sent else None)
+            broken[:] = broken[:1] or [error]
+        except asyncio.CancelledError:
+            broken[:] = [Lost("the server ended before this request did; send it again")]
+            raise
         except Exception as error:
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            LOG.error("request %s failed:\n%s%s", ident, frames, type(error).__name__)  # noqa: TRY400
-            await self.refuse(scope, ServeError("the server failed"), ident, answer if not sent else None)
+            if not broken:
+                log_defect(f"request {ident}", error)
+                broken.append(ServeError("the server failed"))
         finally:
+            if broken and not sent:
+                refusal = broken.pop()
+                broken.clear()
+                await self.refuse(scope, refusal, ident, answer)
             route = scope.get("route")
             path = getattr(route, "path", "unknown path")
             seconds = time.perf_counter() - start
+            self.tell("answered", scope=scope, status=sent[0] if sent else None, seconds=seconds)
             LOG.info("%s %s %s %s %.3f s", ident, scope["method"], path, sent[0] if sent else "-", seconds)
 
     def admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
@@ -157,6 +187,8 @@ class Guard:
             ServeError: with the reason.
         """
         path, method = scope["path"], scope["method"]
+        if self.connections() > self.limits["connections"]:
+            raise Lost("there are more connections than this server takes", seconds=5)
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         self.limits.check("header_bytes", size, "headers")
         host = headers.get("host", "").lower()
@@ -201,8 +233,8 @@ class Guard:
         """The name of the limit of a body's bytes: files of requests are longer."""
         return "batch_bytes" if kind == "multipart/form-data" else "body_bytes"
 
-    def bounded(self, receive: Receive, headers: Mapping[str, str]) -> Receive:
-        """`receive` that counts bytes, and does not wait for them for ever."""
+    def bounded(self, receive: Receive, headers: Mapping[str, str], broken: list[ServeError]) -> Receive:
+        """`receive` that counts bytes, and does not wait for them for ever; `broken` gets what is raised."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         allowed, seconds = self.limits[self.size_limit(kind)], self.limits["body_seconds"]
         end, taken, whole = time.monotonic() + seconds, 0, False
@@ -214,19 +246,24 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError:
-                raise BadRequest(f"the body did not arrive within {seconds} s") from None
+                broken.append(BadRequest(f"the body did not arrive within {seconds} s"))
+                raise broken[0] from None
             taken += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if taken > allowed:
-                raise TooLarge(f"body: more than the {allowed} bytes allowed here")
+                broken.append(TooLarge(f"body: more than the {allowed} bytes allowed here"))
+                raise broken[0]
             return message
 
         return bounded
 
-    async def refuse(self, scope: Scope, error: ServeError, ident: str, send: Send | None) -> None:
-        """Answer with an error in the shape of the path's protocol; nothing where an answer has begun."""
-        if send is None:
-            return
+    def first_error(self, error: ServeError) -> tuple[bytes, str]:
+        """The body of an error on no path at all, and the request's id."""
+        ident = uuid.uuid4().hex
+        return as_json(shaped(self.protocols, "", error, ident)).encode(), ident
+
+    async def refuse(self, scope: Scope, error: ServeError, ident: str, send: Send) -> None:
+        """Answer with an error in the shape of the path's protocol."""
         body = as_json(shaped(self.protocols, scope["path"], error, ident)).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -234,7 +271,27 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
 
+def single(scope: Scope) -> dict[str, str]:
+    """The headers by name.
+
+    Raises:
+        BadRequest: one that decides something is there twice; who stands before or behind might read the other one.
+    """
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").lower()
+        if key in found and key in SINGLE:
+            raise BadRequest(f"the header {key} is there twice")
+        found[key] = value.decode("latin-1")
+    return found
+
+
 def shaped(protocols: Sequence[Protocol], path: str, error: ServeError, ident: str) -> dict[str, Any]:
-    """An error as the protocol of a path has it; the first protocol's where the path is nobody's."""
-    own = [p for p in protocols if any(path == prefix or path.startswith(f"{prefix}/") for prefix in p.prefixes)]
-    return (own or list(protocols))[0].error(error, ident)
+    """An error as the protocol of a path has it, by the longest prefix; the first protocol's where it is nobody's."""
+    own = [(len(prefix), protocol) for protocol in protocols for prefix in protocol.prefixes if within(path, prefix)]
+    return max(own, key=lambda pair: pair[0], default=(0, protocols[0]))[1].error(error, ident)
+
+
+def within(path: str, prefix: str) -> bool:
+    """Whether a path is a prefix, or below it."""
+    return path == prefix or path.startswith(f"{prefix}/")

@@ -7,19 +7,23 @@ asks for several: so they share calls with others', and a client with many waits
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from intaglio.profiles.errors import ToolError, UsageError
+from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import suggestion
-from intaglio.runtimes.serve_errors import BadRequest, Busy, Lost, NotFound, ServeError
+from intaglio.runtimes.serve_admission import check_time, checked, make_places
+from intaglio.runtimes.serve_errors import BadRequest, Lost, NotFound, ServeError
 from intaglio.runtimes.serve_model import Model, ModelSettings
-from intaglio.runtimes.serve_queue import PRIORITIES, FairQueue
+from intaglio.runtimes.serve_process import log_defect
+from intaglio.runtimes.serve_queue import FairQueue
 from intaglio.runtimes.serve_ticket import Job, Order, Ticket
+
+LOG = logging.getLogger("intaglio.serve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,7 @@ class Hub:
             for model in self.models.values():
                 if self.fits(model):
                     await model.load()
+                    await self.make_fit(model)
         except BaseException:
             await self.close(0)
             raise
@@ -112,8 +117,8 @@ class Hub:
         return self.started and not self.draining and all(model.ready for model in self.models.values())
 
     def held(self) -> int:
-        """Bytes of all workers, as measured when they were loaded or last asked."""
-        return sum(model.size() for model in self.models.values() if model.process is not None)
+        """Bytes of all workers now; of those that are being started, as they were last."""
+        return sum(model.measure() or model.size() for model in self.models.values() if not model.unloaded)
 
     def fits(self, model: Model) -> bool:
         """Whether an artifact can be loaded beside those that are."""
@@ -146,46 +151,22 @@ class Hub:
         model = self.model(order.model)
         if self.draining:
             raise Lost("the server is about to end; ask another one", seconds=30)
-        limit = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
-        units = self.checked(model, order)
+        work = checked(model, order)
         ident = order.ident or uuid.uuid4().hex
         if ident in self.tickets:
             raise BadRequest(f"request id {ident!r} is under way already")
-        ahead = sum(job.units - job.done for job in self.jobs.values() if job.model is model)
-        wait = model.pace.estimate(ahead + units * order.count)
-        if order.count > self.queue.limit:
-            raise BadRequest(f"{order.count} pictures at once, the queue holds {self.queue.limit}", param="n")
-        if self.queue.room() < order.count:
-            self.tally.count("full")
-            raise Busy(f"{len(self.queue)} pictures wait and no more may", seconds=model.pace.estimate(ahead / 2))
-        if wait > limit:
-            self.tally.count("hopeless")
-            raise Busy(
-                f"what is ahead takes about {wait:.0f} s, more than the {limit:g} s allowed", seconds=wait - limit
-            )
+        limit = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
+        check_time(self, model, order, work, limit)
+        make_places(self, model, order)
         ticket = Ticket(ident, order, model, arrival + limit, self)
         self.tickets[ident] = ticket
         self.tally.accepted += 1
-        for job in ticket.make_jobs(units):
+        self.tell("accepted", ticket=ticket)
+        for job in ticket.make_jobs(work):
             self.jobs[job.ident] = job
             self.queue.put(job)
-        asyncio.get_running_loop().call_later(limit, ticket.expire)
         self.pump()
         return ticket
-
-    def checked(self, model: Model, order: Order) -> float:
-        """The work of one picture of an order, in the units of `Pace`.
-
-        Raises:
-            BadRequest: the family, or this artifact, cannot do it.
-        """
-        if order.priority not in PRIORITIES.values():
-            raise BadRequest(f"priority {order.priority} is not allowed: {', '.join(map(str, PRIORITIES.values()))}")
-        try:
-            request = model.reader.request(order.prompt, **order.parameters)
-        except ToolError as error:
-            raise BadRequest(str(error)) from error
-        return float(request.width * request.height * request.num_inference_steps)
 
     def pump(self) -> None:
         """Begin what can begin; load what is waited for."""
@@ -195,7 +176,12 @@ class Hub:
             job.model.used = time.monotonic()
             job.model.pace.begin(job.model.used)
             job.process = process
-            process.run(job.ident, job.message(), job.heard)
+            self.tell("begun", job=job)
+            try:
+                process.run(job.ident, job.message(), job.heard)
+            except Exception as error:
+                log_defect(f"request {job.ticket.ident}", error)
+                job.ticket.fail(ServeError("the server failed"))
         wanted = [job.model for job in self.queue if job.model.process is None and job.model.unloaded]
         if wanted and self.loading is None and self.started:
             self.loading = asyncio.get_running_loop().create_task(self._make_room(wanted[0]))
@@ -206,43 +192,58 @@ class Hub:
             if model.size() > self.settings.memory > 0:
                 self.give_up(model, Lost(f"model {model.name} does not fit in the memory this server may use"))
                 return
-            while not self.fits(model):
-                others = [m for m in self.models.values() if m.process is not None]
-                oldest = min(others, key=lambda m: m.used, default=None)
-                if oldest is None:
-                    break
-                oldest.yielding = True
-                while oldest.process is not None and oldest.process.receivers:
-                    await asyncio.sleep(0.05)
-                oldest.unload()
-                while oldest.leaving:
-                    await asyncio.sleep(0.05)
+            while not self.fits(model) and (oldest := self.oldest_but(model)) is not None:
+                await oldest.unload()
             await model.load()
-        except (ToolError, OSError) as error:
+            await self.make_fit(model)
+        except Exception as error:
+            LOG.error("%s: cannot be loaded: %s", model.name, model.said(error))  # noqa: TRY400 (the message says it)
             model.unloaded = True
             self.give_up(model, Lost(f"model {model.name} cannot be loaded now ({type(error).__name__})"))
         finally:
             self.loading = None
             self.pump()
 
+    def oldest_but(self, model: Model) -> Model | None:
+        """The loaded artifact that was not used for longest, of the others."""
+        others = [m for m in self.models.values() if m is not model and not m.unloaded]
+        return min(others, key=lambda m: m.used, default=None)
+
+    async def make_fit(self, model: Model) -> None:
+        """Unload others where an artifact took more memory than it was thought to."""
+        allowed = self.settings.memory
+        while allowed and self.held() > allowed and (oldest := self.oldest_but(model)) is not None:
+            await oldest.unload()
+        if 0 < allowed < self.held():
+            LOG.warning("%s takes %.0f MiB, more than --memory", model.name, self.held() / 2**20)
+
     def give_up(self, model: Model, error: ServeError) -> None:
         """End everything that waits for an artifact."""
         for job in [job for job in self.queue if job.model is model]:
             job.ticket.fail(error)
 
-    def over(self, job: Job) -> None:
-        """A job ended, or was dropped: its place is free."""
-        if self.jobs.pop(job.ident, None) is None:
-            return
-        self.queue.remove(job)
-        if job.process is not None:
-            job.process.cancel(job.ident)
+    def over(self, *jobs: Job) -> None:
+        """Jobs ended, or were dropped: their places are free."""
+        for job in jobs:
+            if self.jobs.pop(job.ident, None) is not None:
+                self.queue.remove(job)
+                if job.process is not None:
+                    job.process.cancel(job.ident)
+        self.pump()
+
+    def again(self, job: Job) -> None:
+        """A worker died before it had looked at this job: the next one gets it."""
+        job.process = None
+        self.queue.put_back(job)
         self.pump()
 
     def tell(self, what: str, **facts: Any) -> None:
         """Let those who count know."""
         for listener in self.listeners:
-            listener(what, facts)
+            try:
+                listener(what, facts)
+            except Exception as error:  # who counts wrongly stops nobody's picture
+                log_defect(f"a listener of {what!r}", error)
 
     def ended(self, ticket: Ticket, outcome: str) -> None:
         """A request ended."""
@@ -257,15 +258,19 @@ class Hub:
         while self.tickets and time.monotonic() < end:
             await asyncio.sleep(0.05)
 
+    def fail_all(self) -> None:
+        """Answer what is under way: the server ends."""
+        for ticket in list(self.tickets.values()):
+            ticket.fail(Lost("the server ended before this request did; send it again"))
+
     async def close(self, patience: float = 5.0) -> None:
         """End everything; what is under way then is answered with `Lost`."""
         self.draining = True
-        for ticket in list(self.tickets.values()):
-            ticket.fail(Lost("the server ended before this request did; send it again"))
-        for task in [*self.watchers, *([self.loading] if self.loading else [])]:
+        self.fail_all()
+        tasks = [*self.watchers, *([self.loading] if self.loading else [])]
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(model.close(patience) for model in self.models.values()))
 
 

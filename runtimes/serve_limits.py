@@ -22,6 +22,7 @@ class Limit:
 LIMITS: dict[str, Limit] = {
     "pixels": Limit(2048 * 2048, "width times height of a picture"),
     "steps": Limit(150, "denoising steps of a picture"),
+    "guidance": Limit(100, "guidance_scale and true_cfg_scale; what is far beyond makes numbers overflow"),
     "pictures": Limit(10, "pictures of one request"),
     "prompt_bytes": Limit(16_384, "bytes of a prompt, or of a negative prompt, in UTF-8"),
     "body_bytes": Limit(2**20, "bytes of a request's body", TooLarge),
@@ -31,6 +32,7 @@ LIMITS: dict[str, Limit] = {
     "batch_bytes": Limit(100 * 2**20, "bytes of a file of requests", TooLarge),
     "batch_lines": Limit(50_000, "requests of one file"),
     "batch_files": Limit(1000, "files of requests and results that are kept"),
+    "batch_held_bytes": Limit(10 * 2**30, "bytes of all files of requests and results together", TooLarge),
 }
 
 

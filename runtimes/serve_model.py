@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,16 @@ from intaglio.runtimes.embedding_cache import DEFAULT_BYTES
 from intaglio.runtimes.engine import EngineOptions
 from intaglio.runtimes.pipeline import Pipeline
 from intaglio.runtimes.private_memory import held_bytes
+from intaglio.runtimes.serve_errors import without_paths
 from intaglio.runtimes.serve_pace import Pace
 from intaglio.runtimes.serve_process import LoadFailed, Process
 
 LOG = logging.getLogger("intaglio.serve")
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the n-th start in a row that failed
-LOADED_SIZE = 1.5  # bytes in memory of an artifact that never ran, over those on disk
+LOADED_SIZE = 1.5  # bytes in memory of an artifact that never ran, over those on disk, and beside
+WORKER_BYTES = 64 * 2**20  # those of the process itself
 LOOK_SECONDS = 0.5  # between looks at the folder
+ENDING_SECONDS = 0.05  # between looks at a worker that ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,7 @@ class ModelSettings:
         cache_bytes: of prompt embeddings.
         watchdog: seconds a worker with work may say nothing.
         patience: seconds a worker that is replaced may take to end what it began.
+        loading: seconds a worker may take to load.
         loader: ``module:function`` in the place of `intaglio.load`, for tests.
     """
 
@@ -53,6 +58,7 @@ class ModelSettings:
     cache_bytes: int = DEFAULT_BYTES
     watchdog: float = 300.0
     patience: float = 600.0
+    loading: float = 1800.0
     loader: str = ""
 
     def load_message(self) -> dict[str, Any]:
@@ -96,6 +102,7 @@ class Model:
         yielding: no new requests begin, because its memory is wanted.
         unloaded: on purpose.
         swaps, restarts, failures: how often another build took over, a worker died, a start failed.
+        past: what workers that are gone had counted: the numbers of their last ``pulse``.
     """
 
     def __init__(self, settings: ModelSettings, changed: Callable[[], None]) -> None:
@@ -110,6 +117,7 @@ class Model:
         self.measured: int | None = None
         self.yielding, self.unloaded, self.closed = False, True, False
         self.swaps = self.restarts = self.failures = 0
+        self.past: Counter[str] = Counter()
         self.lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -126,17 +134,28 @@ class Model:
     @property
     def running(self) -> int:
         """Pictures under way, in a worker that leaves too."""
-        return sum(len(p.receivers) for p in (*self.leaving, *([self.process] if self.process else [])))
+        return sum(len(process.receivers) for process in self.processes)
+
+    @property
+    def processes(self) -> list[Process]:
+        """All workers, those that leave too."""
+        return [*self.leaving, *([self.process] if self.process is not None else [])]
 
     def room(self) -> bool:
         """Whether another picture can begin."""
         process = self.process
-        return process is not None and not self.yielding and len(process.receivers) < self.settings.concurrency
+        if process is None or not process.alive or self.yielding:
+            return False
+        return len(process.receivers) < self.settings.concurrency
+
+    def said(self, error: Exception) -> str:
+        """What a log may show of an error."""
+        return without_paths(str(error), self.settings.folder)
 
     def size(self) -> int:
         """Bytes its worker holds, or would."""
         if self.measured is None:
-            return int(self.reader.artifact.size_bytes() * LOADED_SIZE)
+            return int(self.reader.artifact.size_bytes() * LOADED_SIZE) + WORKER_BYTES
         return self.measured
 
     def measure(self) -> int | None:
@@ -156,20 +175,34 @@ class Model:
                 self.unloaded = False
                 await self._replace()
 
+    async def _started(self) -> tuple[Process, Pipeline]:
+        """A worker on what lies in the folder now, and what checks its requests.
+
+        Raises:
+            LoadFailed, ToolError: it cannot be loaded.
+        """
+        process = Process(watchdog=self.settings.watchdog, ended=self._ended, pulsed=self._pulsed)
+        try:
+            await process.start(self.settings.load_message(), self.settings.loading)
+            reader = await asyncio.to_thread(reader_of, self.settings)
+        except BaseException:
+            await process.kill()
+            raise
+        if not process.alive:
+            raise LoadFailed("the worker died as soon as it had loaded its artifact")
+        return process, reader
+
     async def _replace(self) -> None:
         """Start a worker on what lies in the folder now, and give it what comes from here on."""
         before = generation_of(self.settings.folder)
-        process = Process(watchdog=self.settings.watchdog, ended=self._ended, pulsed=self._pulsed)
         try:
-            await process.start(self.settings.load_message())
-            reader = reader_of(self.settings)
+            process, reader = await self._started()
         except Exception:
             self.failures, self.refused = self.failures + 1, before
-            await process.kill()
             raise
         old, self.process = self.process, process
         self.reader, self.generation, self.used = reader, before, time.monotonic()
-        self.yielding = False
+        self.yielding = self.unloaded = False
         if old is not None:
             self.leave(old)
         self.measure()
@@ -186,20 +219,34 @@ class Model:
         self.leaving.discard(process)
         self.changed()
 
-    def unload(self) -> None:
-        """Give the memory back."""
-        if self.process is not None:
-            process, self.process = self.process, None
-            self.unloaded, self.yielding = True, False
-            self.leave(process)
+    async def unload(self) -> None:
+        """Give the memory back, after what is under way."""
+        self.yielding = True
+        while self.running:
+            await asyncio.sleep(ENDING_SECONDS)
+        async with self.lock:  # no worker is being started then
+            if self.process is not None:
+                self.leave(self.process)
+            self.process, self.unloaded, self.yielding = None, True, False
+        while self.leaving:
+            await asyncio.sleep(ENDING_SECONDS)
 
     def _pulsed(self, busy: bool) -> None:
-        """A round is over."""
-        self.pace.tick(time.monotonic(), busy=busy)
+        """A round is over; a worker that leaves may still work when this one rests, and the other way round.
+
+        A worker's first picture is slower than all others: engines compile, memory is touched first.
+        """
+        if not any(process.warm for process in self.processes):
+            self.pace.pause()
+            self.pace.begin(time.monotonic())
+            return
+        self.pace.tick(time.monotonic(), busy=busy or any(p.pulse.get("running", 0) > 0 for p in self.processes))
 
     def _ended(self, process: Process) -> None:
         """A worker's process is over."""
         self.leaving.discard(process)
+        self.past.update(process.pulse)
+        self.pace.pause()
         if process is self.process:
             self.process = None
             if not process.expected and not self.closed:
@@ -210,12 +257,14 @@ class Model:
 
     async def _restart(self) -> None:
         """Start a worker again, more slowly each time it fails."""
-        for attempt in range(10**6):
+        for attempt in itertools.count():
             await asyncio.sleep(RESTART_SECONDS[min(attempt, len(RESTART_SECONDS) - 1)])
+            if self.unloaded:  # meanwhile, on purpose
+                return
             try:
                 await self.load()
             except Exception as error:
-                LOG.error("%s: cannot be loaded: %s", self.name, error)  # noqa: TRY400 (the message says it)
+                LOG.error("%s: cannot be loaded: %s", self.name, self.said(error))  # noqa: TRY400 (the message says it)
             else:
                 return
 
@@ -233,7 +282,8 @@ class Model:
                     await self._replace()
                     self.swaps += 1
                 except Exception as error:
-                    LOG.error("%s: the new build cannot be loaded, the old one stays: %s", self.name, error)  # noqa: TRY400
+                    said = self.said(error)
+                    LOG.error("%s: the new build cannot be loaded, the old one stays: %s", self.name, said)  # noqa: TRY400
 
     def spawn(self, work: Any) -> None:
         """Run something beside."""
@@ -244,9 +294,9 @@ class Model:
     async def close(self, patience: float) -> None:
         """End every worker, after what it began."""
         self.closed = True
-        processes = [*self.leaving, *([self.process] if self.process else [])]
-        for task in list(self.tasks):
+        tasks = list(self.tasks)
+        for task in tasks:
             task.cancel()
-        with contextlib.suppress(LoadFailed):
-            await asyncio.gather(*(process.stop(patience) for process in processes))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(process.stop(patience) for process in self.processes))
         self.process = None

@@ -7,9 +7,11 @@ Shapes are those of the ``openai`` package's types; further fields have the name
 from __future__ import annotations
 
 import base64
+import contextlib
+import inspect
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -17,6 +19,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from intaglio.profiles.errors import ToolError
+from intaglio.runtimes.pipeline import Pipeline
 from intaglio.runtimes.sampling import LARGEST_SEED
 from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError
 from intaglio.runtimes.serve_hub import facts_of
@@ -35,6 +39,7 @@ NO_TOKENS = {
 # The word that OpenAI's clients sort errors by, where it is not "server_error".
 ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 Scalar = str | int | float | bool
+RESERVED = frozenset(inspect.signature(Pipeline.request).parameters)  # what every family's requests have
 
 
 class ImageRequest(BaseModel):
@@ -68,6 +73,11 @@ def wish_of(body: ImageRequest) -> Wish:
     Raises:
         BadRequest: fields that do not go together.
     """
+    for name in body.parameters or ():
+        if name in RESERVED:
+            raise BadRequest(
+                f"parameters.{name} is none of the family's; it has a field of its own", param="parameters"
+            )
     size = body.size or "auto"
     width, height = (None, None) if size == "auto" else map(int, size.split("x"))
     form = body.output_format or "png"
@@ -94,24 +104,67 @@ def wish_of(body: ImageRequest) -> Wish:
     )
 
 
+@contextlib.contextmanager
+def blaming(room: Room, request: Request, body: ImageRequest) -> Iterator[None]:
+    """Name the field in errors of the artifact, which knows parameters and no fields."""
+    try:
+        yield
+    except BadRequest as error:
+        name = blamed(room, request, body) if error.param is None else None
+        if name is None:
+            raise
+        raise BadRequest(f"{name}: {error.message}", param=name) from error
+
+
+def blamed(room: Room, request: Request, body: ImageRequest) -> str | None:
+    """The one field without which a body that is refused would be taken, where there is one."""
+
+    def taken(tried: ImageRequest) -> bool:
+        try:
+            order = room.order(request, wish_of(tried))
+            room.hub.model(order.model).reader.request(order.prompt, **order.parameters)
+        except (ServeError, ToolError):
+            return False
+        return True
+
+    if taken(body):
+        return None
+    fields = [name for name in type(body).model_fields if name in body.model_fields_set - {"prompt", "model"}]
+    return next((name for name in fields if taken(body.model_copy(update={name: None}))), None)
+
+
 def common(ticket: Ticket) -> dict[str, Any]:
     """What every answer says of its pictures."""
     size = f"{ticket.size[0]}x{ticket.size[1]}"
     return {"background": "opaque", "output_format": ticket.order.form, "size": size}
 
 
-def shown(picture: Picture, form: str, response_format: str) -> dict[str, Any]:
-    """One element of ``data``."""
-    text = base64.b64encode(picture.data).decode()
-    content = {"b64_json": text} if response_format == "b64_json" else {"url": f"data:image/{form};base64,{text}"}
-    notes = {"warnings": list(picture.warnings)} if picture.warnings else {}
-    return {**content, "seed": picture.seed, **notes}
+def in_base64(picture: Picture) -> dict[str, Any]:
+    """A picture's content in its element of ``data``."""
+    return {"b64_json": base64.b64encode(picture.data).decode()}
 
 
-def answer_of(ticket: Ticket, pictures: list[Picture], response_format: str) -> dict[str, Any]:
-    """The answer to a request without ``stream``."""
-    data = [shown(picture, ticket.order.form, response_format) for picture in pictures]
+def in_data_url(picture: Picture, form: str) -> dict[str, Any]:
+    """The same for ``response_format: url``: nothing is kept here that a link could lead to."""
+    return {"url": f"data:image/{form};base64,{base64.b64encode(picture.data).decode()}"}
+
+
+def notes(picture: Picture) -> dict[str, Any]:
+    """What an element of ``data`` says beside the content."""
+    return {"seed": picture.seed, **({"warnings": list(picture.warnings)} if picture.warnings else {})}
+
+
+def answer_of(ticket: Ticket, pictures: list[Picture], contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answer to a request without ``stream``; `contents` are the pictures'."""
+    data = [{**content, **notes(picture)} for picture, content in zip(pictures, contents, strict=True)]
     return {"created": int(time.time()), "data": data, **common(ticket)}
+
+
+def answer(ticket: Ticket, pictures: list[Picture], response_format: str | None) -> dict[str, Any]:
+    """The same with the contents in the answer itself."""
+    form = ticket.order.form
+    as_url = response_format == "url"
+    return answer_of(ticket, pictures, [in_data_url(p, form) if as_url else in_base64(p) for p in pictures])
 
 
 def event(kind: str, fields: Mapping[str, Any]) -> bytes:
@@ -132,7 +185,7 @@ async def events(ticket: Ticket, ident: str) -> AsyncIterator[bytes]:
                 partial += 1
             elif happened["event"] == "picture":
                 picture = ticket.pictures[happened["picture"]]
-                content = shown(picture, ticket.order.form, "b64_json")
+                content = {**in_base64(picture), **notes(picture)}
                 yield event("image_generation.completed", {**content, **now, "usage": NO_TOKENS})
     except ServeError as error:
         yield event("error", error_body(error, ident))
@@ -174,12 +227,13 @@ def router(room: Room) -> APIRouter:
     async def generate(request: Request, body: ImageRequest) -> Response:
         """Make pictures."""
         wish = wish_of(body)
-        if body.stream:
-            ticket = room.hub.submit(room.order(request, wish))
-            ident = request.scope["state"]["id"]
-            return StreamingResponse(events(ticket, ident), media_type="text/event-stream")
-        ticket, pictures = await room.make(request, wish)
-        return JSONResponse(answer_of(ticket, pictures, body.response_format or "b64_json"))
+        with blaming(room, request, body):
+            if body.stream:
+                ticket = room.hub.submit(room.order(request, wish))
+                ident = request.scope["state"]["id"]
+                return StreamingResponse(events(ticket, ident), media_type="text/event-stream")
+            ticket, pictures = await room.make(request, wish)
+        return JSONResponse(answer(ticket, pictures, body.response_format))
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from intaglio.profiles.errors import ToolError
 from intaglio.runtimes.serve_wire import WireError, packed, receive
 
+LOG = logging.getLogger("intaglio.serve")
 Receiver = Callable[[dict[str, Any], list[bytes]], None]
 GONE = "the worker process died; the request can be sent again"
 HUNG = "the worker process did not answer and was ended; the request can be sent again"
+LAST_WORDS = 2.0  # seconds for what a dead process left in the pipe, which a child of its own may hold open
 
 
 class LoadFailed(ToolError):
@@ -27,9 +31,12 @@ class Process:
     """One worker process.
 
     Attributes:
-        receivers: by request, what is told of its events; a worker that dies sends each an ``error`` of kind ``lost``.
+        receivers: by request, what is told of its events; a worker that dies sends each an ``error`` of kind ``lost``,
+            or ``unseen`` where the worker had not even looked at the request.
+        seen: the requests that the worker has looked at.
         pulse: the last ``pulse`` event.
         facts: those of ``loaded``.
+        warm: whether it has made a picture.
     """
 
     def __init__(
@@ -37,10 +44,11 @@ class Process:
     ) -> None:
         self.watchdog, self.ended, self.pulsed = watchdog, ended, pulsed
         self.receivers: dict[str, Receiver] = {}
+        self.seen: set[str] = set()
         self.pulse: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.heard = time.monotonic()
-        self.alive, self.expected = False, False
+        self.alive = self.expected = self.warm = False
         self.reason = GONE
         self.child: asyncio.subprocess.Process | None = None
         self.tasks: list[asyncio.Task[None]] = []
@@ -51,11 +59,11 @@ class Process:
         """Of the process."""
         return self.child.pid if self.child is not None else None
 
-    async def start(self, load: Mapping[str, Any]) -> dict[str, Any]:
-        """Start it and let it load; what it says of what it loaded.
+    async def start(self, load: Mapping[str, Any], patience: float | None = None) -> dict[str, Any]:
+        """Start it and let it load, for `patience` seconds; what it says of what it loaded.
 
         Raises:
-            LoadFailed: it could not, or died over it.
+            LoadFailed: it could not, died over it, or took longer.
         """
         self.loading = asyncio.get_running_loop().create_future()
         self.child = await asyncio.create_subprocess_exec(
@@ -66,10 +74,15 @@ class Process:
         self.tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
         self.send({"do": "load", **load})
         try:
-            self.facts = await self.loading
+            self.facts = await asyncio.wait_for(self.loading, patience)
+        except TimeoutError:
+            await self.kill()
+            raise LoadFailed(f"the worker did not load its artifact within {patience:g} s") from None
         except BaseException:
             await self.kill()
             raise
+        if self.child.returncode is not None:  # right after it had loaded
+            raise LoadFailed(f"the worker died (exit code {self.child.returncode})")
         self.alive = True
         return self.facts
 
@@ -89,6 +102,7 @@ class Process:
 
     def cancel(self, ident: str) -> None:
         """Drop a request; nothing more is heard of it."""
+        self.seen.discard(ident)
         if self.receivers.pop(ident, None) is not None:
             self.send({"do": "cancel", "id": ident})
 
@@ -98,10 +112,14 @@ class Process:
         try:
             while (message := await receive(self.child.stdout)) is not None:
                 self.heard = time.monotonic()
-                self._heard(*message)
-        except WireError:
-            self.reason = GONE
-        await self._over()
+                try:
+                    self._heard(*message)
+                except Exception as error:  # of one message: the others are still heard
+                    log_defect("a worker's message", error)
+        except WireError as error:
+            log_defect("a worker's message", error)
+        finally:
+            await self._over()
 
     def _heard(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         event = header.pop("event")
@@ -115,51 +133,66 @@ class Process:
                 self.loading.set_exception(LoadFailed(header["message"])) if failed else self.loading.set_result(header)
         elif header["id"] in self.receivers:
             receiver = self.receivers[header["id"]]
+            if event == "seen":
+                self.seen.add(header["id"])
+                return
             if event in ("done", "error"):
                 del self.receivers[header["id"]]
+                self.seen.discard(header["id"])
+                self.warm = self.warm or event == "done"
             receiver({"event": event, **header}, blobs)
 
     async def _watch(self) -> None:
-        """Kill a worker that has requests and says nothing for too long."""
-        while True:
+        """Kill a worker that has requests and says nothing for too long, and stop listening to one that is dead."""
+        assert self.child is not None
+        silent = 0
+        while self.child.returncode is None:
             await asyncio.sleep(min(1.0, self.watchdog / 4))
-            if self.receivers and time.monotonic() - self.heard > self.watchdog:
+            late = bool(self.receivers) and time.monotonic() - self.heard > self.watchdog
+            silent = silent + 1 if late else 0
+            if silent > 1:  # not at once: it may be this process that did not run, and what was said waits in the pipe
                 self.reason = HUNG
-                self.signal(signal.SIGKILL)
-                return
+                self.kill_group()
+        await asyncio.sleep(LAST_WORDS)
+        self.tasks[0].cancel()
 
-    def signal(self, number: int) -> None:
-        """Send a signal."""
+    def kill_group(self) -> None:
+        """End the process and its children, which are a group of their own."""
         if self.child is not None and self.child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.child.pid, number)
+                os.killpg(self.child.pid, signal.SIGKILL)
 
     async def _over(self) -> None:
         """The process has closed its end."""
         assert self.child is not None
         self.alive = False
-        self.signal(signal.SIGKILL)  # it may have closed its end without dying
-        await self.child.wait()
+        self.kill_group()  # it may have closed its end without dying
+        code = await self.child.wait()
         if self.loading is not None and not self.loading.done():
-            self.loading.set_exception(LoadFailed(f"the worker died while loading (exit code {self.child.returncode})"))
+            self.loading.set_exception(LoadFailed(f"the worker died while loading (exit code {code})"))
         receivers, self.receivers = self.receivers, {}
-        for ident, receiver in receivers.items():
-            receiver({"event": "error", "id": ident, "kind": "lost", "message": self.reason}, [])
         self.tasks[1].cancel()
-        self.ended(self)
+        self.ended(self)  # first: what is told below may begin others
+        for ident, receiver in receivers.items():
+            kind = "lost" if ident in self.seen else "unseen"
+            receiver({"event": "error", "id": ident, "kind": kind, "message": self.reason}, [])
 
     async def stop(self, patience: float) -> None:
         """Let it end what it began, for `patience` seconds; then kill it."""
         self.expected = True
         self.send({"do": "stop"})
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self.tasks[0]), patience)
-            return
+        if self.tasks:
+            await asyncio.wait(self.tasks[:1], timeout=patience)
         await self.kill()
 
     async def kill(self) -> None:
         """End it now."""
         self.expected = True
-        self.signal(signal.SIGKILL)
+        self.kill_group()
         if self.tasks:
-            await self.tasks[0]
+            await asyncio.wait(self.tasks[:1])
+
+
+def log_defect(what: str, error: BaseException) -> None:
+    """A defect's frames and class, for the log; not its message, which may quote a request."""
+    LOG.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import itertools
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
@@ -59,6 +60,46 @@ class FairQueue(Generic[T]):
             raise IndexError(self.limit)
         self.levels[item.priority].setdefault(item.client, deque()).append(item)
         self.count += 1
+
+    def put_back(self, item: T) -> None:
+        """Let one that was served in vain wait again, before all others of its priority, though the queue be full."""
+        clients = self.levels[item.priority]
+        clients.setdefault(item.client, deque()).appendleft(item)
+        clients.move_to_end(item.client, last=False)
+        self.count += 1
+
+    def ahead(self, client: str, priority: int, count: int) -> Iterator[T]:
+        """What would be served before the last of `count` new ones of a client, if nothing else came."""
+        for level, clients in self.levels.items():
+            if level > priority:
+                for line in clients.values():
+                    yield from line
+        clients = self.levels[priority]
+        turns = len(clients.get(client, ())) + count
+        for other, line in clients.items():
+            yield from line if other == client else itertools.islice(line, turns)
+
+    def displaced(self, client: str, priority: int, count: int, may: Callable[[T], bool]) -> list[T] | None:
+        """Who makes room for `count` more of a client: always the newest one of who has most places then.
+
+        So a client that fills the queue keeps nobody else out of it. Nobody is left with fewer places than the client
+        has then; those of a higher priority stay, and those that `may` not go. ``None``: there are not enough.
+        """
+        held = Counter(item.client for item in self)
+        held[client] += count
+        spare: dict[str, list[T]] = {}
+        for level, clients in self.levels.items():  # the lowest priority's newest come last
+            for other, line in clients.items():
+                if level <= priority and other != client:
+                    spare.setdefault(other, []).extend(item for item in line if may(item))
+        chosen: list[T] = []
+        while self.room() + len(chosen) < count:
+            most = max((other for other in spare if spare[other]), key=lambda other: held[other], default=None)
+            if most is None or held[most] <= held[client]:
+                return None
+            chosen.append(spare[most].pop())
+            held[most] -= 1
+        return chosen
 
     def pop(self, fits: Callable[[T], bool]) -> T | None:
         """The next one that can be served now; its client's turn is over then."""

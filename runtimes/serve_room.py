@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 import secrets
@@ -11,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from intaglio.profiles.registry import pick
+from intaglio.profiles.registry import pick, suggestion
 from intaglio.runtimes.infotext import infotext
 from intaglio.runtimes.schedulers import default_name
 from intaglio.runtimes.serve_errors import BadRequest, ServeError
@@ -90,6 +89,8 @@ class Room:
         pick_form(wish.form)
         for name in ("prompt", "negative_prompt"):
             limits.check("prompt_bytes", utf8_bytes(getattr(wish, name) or "", name), name, name)
+        for name in ("guidance_scale", "true_cfg_scale"):
+            limits.check("guidance", magnitude(getattr(wish, name) or wish.parameters.get(name)), name, name)
         limits.check("pictures", wish.count, "pictures", "n")
         if wish.count < 1:
             raise BadRequest(f"{wish.count} pictures are not allowed: 1 or more", param="n")
@@ -99,6 +100,7 @@ class Room:
         limits.check("steps", steps, "num_inference_steps", "num_inference_steps")
         seed = secrets.randbelow(RANDOM_SEEDS) if wish.seed is None else wish.seed
         sampler = model.reader.sampler
+        check_further(wish, sampler)
         parameters: dict[str, Any] = {
             **wish.parameters,
             **self.guidance(sampler, wish),
@@ -168,8 +170,7 @@ class Room:
         finally:
             ticket.cancel()  # where this task itself is cancelled
             gone.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await gone
+            await asyncio.gather(result, gone, return_exceptions=True)
 
     async def make(self, request: Request, wish: Wish) -> tuple[Ticket, list[Picture]]:
         """From the wish to the pictures."""
@@ -194,6 +195,32 @@ def utf8_bytes(text: str, name: str) -> int:
         return len(text.encode())
     except UnicodeEncodeError:
         raise BadRequest(f"{name} is not text: it has half of a surrogate pair", param=name) from None
+
+
+def magnitude(value: Any) -> float:
+    """How large a number is, also where it is the text for one; 0 for what is none, which others refuse."""
+    try:
+        return abs(float(value or 0))
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def check_further(wish: Wish, sampler: Any) -> None:
+    """Refuse among the further parameters what is not the family's own: `Pipeline.request` has words of its own.
+
+    Raises:
+        BadRequest: ``seed`` or ``count``, which would pass by the limits.
+    """
+    for name in wish.parameters:
+        if name not in sampler.all_parameters:
+            allowed = ", ".join(sampler.all_parameters)
+            near = suggestion(name, sampler.all_parameters)
+            family = sampler.manifest.family
+            raise BadRequest(
+                f"{name!r} is not a parameter of the family {family}; allowed: {allowed}.{near}", param=name
+            )
 
 
 def pick_form(form: str) -> None:

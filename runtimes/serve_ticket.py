@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from intaglio.runtimes.serve_errors import Cancelled, Late, Lost, ServeError, of_kind
+from intaglio.runtimes.serve_pace import Work
+from intaglio.runtimes.serve_process import log_defect
 
 if TYPE_CHECKING:
     from intaglio.runtimes.serve_hub import Hub
@@ -65,14 +68,22 @@ class Picture:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One picture of a ticket. `done` counts work of `units` as `Pace` does."""
+    """One picture of a ticket, which is `work` as `Pace` counts it; of its steps so many are `done`.
+
+    `ident` is never used twice: what a worker still says of a cancelled picture is nobody else's.
+    """
 
     ident: str
     ticket: Ticket
     index: int
-    units: float
-    done: float = 0.0
+    work: Work
+    done: int = 0
     process: Process | None = None
+
+    @property
+    def rest(self) -> Work:
+        """What is left to do."""
+        return self.work.times(max(0.0, 1 - self.done / self.work.steps))
 
     @property
     def model(self) -> Model:
@@ -110,7 +121,11 @@ class Job:
 
     def heard(self, event: dict[str, Any], blobs: list[bytes]) -> None:
         """The worker says something of it."""
-        self.ticket.heard(self, event, blobs)
+        try:
+            self.ticket.heard(self, event, blobs)
+        except Exception as error:
+            log_defect(f"request {self.ticket.ident}", error)
+            self.ticket.fail(ServeError("the server failed"))
 
 
 class Ticket:
@@ -127,6 +142,7 @@ class Ticket:
     def __init__(self, ident: str, order: Order, model: Model, deadline: float, hub: Hub) -> None:
         self.ident, self.order, self.model, self.deadline, self.hub = ident, order, model, deadline, hub
         self.arrival = time.monotonic()
+        self.timer = asyncio.get_running_loop().call_later(deadline - self.arrival, self.expire)
         self.begun: float | None = None
         self.over: float | None = None
         request = model.reader.request(order.prompt, **order.parameters)
@@ -139,11 +155,16 @@ class Ticket:
         self.events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self.finished = asyncio.Event()
 
-    def make_jobs(self, units: float) -> list[Job]:
+    def make_jobs(self, work: Work) -> list[Job]:
         """One a picture."""
         for index in range(self.order.count):
-            self.jobs[index] = Job(f"{self.ident}.{index}", self, index, units)
+            self.jobs[index] = Job(uuid.uuid4().hex, self, index, work)
         return list(self.jobs.values())
+
+    @property
+    def waits(self) -> bool:
+        """Whether no picture of it has begun."""
+        return not self.pictures and all(job.process is None for job in self.jobs.values())
 
     @property
     def progress(self) -> float:
@@ -158,9 +179,10 @@ class Ticket:
         if kind == "step":
             self.begun = self.begun or time.monotonic()
             self.steps_done += 1
-            job.done = min(job.units, job.done + job.units / event["total"])
-            self.model.pace.step(job.units / event["total"])
+            job.done += 1
+            self.model.pace.step(job.work.times(1 / job.work.steps))
             self.hub.tally.steps += 1
+            self.hub.tell("step", ticket=self, seconds=event["seconds"])
             self.events.put_nowait({"event": "step", "picture": job.index, **event, "progress": self.progress})
         elif kind == "preview":
             self.preview = blobs[0]
@@ -169,6 +191,8 @@ class Ticket:
             )
         elif kind == "done":
             self._done(job, event, blobs)
+        elif event["kind"] == "unseen":
+            self.hub.again(job)
         else:
             lost = event["kind"] == "lost"
             self.fail(Lost(event["message"]) if lost else of_kind(event["kind"], event["message"]))
@@ -192,10 +216,10 @@ class Ticket:
 
     def _finish(self, outcome: str) -> None:
         self.over = time.monotonic()
+        self.timer.cancel()  # which holds the ticket and all its pictures
         self.finished.set()
         self.events.put_nowait(None)
-        for job in self.jobs.values():
-            self.hub.over(job)
+        self.hub.over(*self.jobs.values())
         self.hub.ended(self, outcome)
 
     def fail(self, error: ServeError) -> None:
@@ -226,8 +250,8 @@ class Ticket:
         for job in running:
             assert job.process is not None
             job.process.send({"do": "finish", "id": job.ident})
+        self.hub.over(*waiting)
         for job in waiting:
-            self.hub.over(job)
             del self.jobs[job.index]
         self.order = dataclasses.replace(self.order, count=len(self.jobs))
         if len(self.pictures) == self.order.count:

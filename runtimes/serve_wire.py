@@ -52,8 +52,8 @@ def read_header(data: bytes) -> tuple[dict[str, Any], list[int]]:
         sizes = header.pop("sizes")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise WireError("a header that is not one") from error
-    if any(not isinstance(size, int) or not 0 <= size <= LARGEST_BLOB for size in sizes):
-        raise WireError(f"blobs of {sizes} bytes")
+    if not isinstance(sizes, list) or any(type(size) is not int or not 0 <= size <= LARGEST_BLOB for size in sizes):
+        raise WireError("blobs of sizes that are none")
     return header, sizes
 
 

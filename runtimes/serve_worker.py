@@ -4,8 +4,9 @@ Messages (see `intaglio.runtimes.serve_wire`) come on stdin and leave on stdout;
 The first is ``load``; then ``run``, ``cancel``, ``finish``, ``preview`` of a request by its ``id``, and ``stop``, which
 ends the process when the last request has ended. It also ends when stdin does, which is when the server has died.
 
-Events: ``loaded`` or ``failed``; ``step``, ``preview`` (a PNG), ``done`` (the pictures) or ``error`` of a request;
-``pulse`` after every round and once a second when there is nothing to do, which is what the watchdog waits for.
+Events: ``loaded`` or ``failed``; ``seen`` (a request is looked at from here on), ``step``, ``preview`` (a PNG),
+``done`` (the pictures) or ``error`` of a request; ``pulse`` after every round and once a second when there is nothing
+to do, which is what the watchdog waits for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from intaglio.profiles.errors import NumericsError, ToolError, Unsupported, Usag
 from intaglio.profiles.registry import pick, resolve
 from intaglio.runtimes.batching import Batcher, Outcome
 from intaglio.runtimes.embedding_cache import EmbeddingCache
+from intaglio.runtimes.infotext import stopped
 from intaglio.runtimes.previews import DECODERS, PREVIEW
+from intaglio.runtimes.serve_errors import without_paths
 from intaglio.runtimes.serve_wire import packed, read
 
 if TYPE_CHECKING:
@@ -37,10 +40,10 @@ if TYPE_CHECKING:
 
 LOADER = "intaglio.runtimes.pipeline:load"
 PULSE_SECONDS = 1.0
-PATH = re.compile(r"(?:/[\w.@+ -]+){2,}")
 # How pictures are written: (Pillow's name, whether ``compression`` 0 to 100 is its quality).
 PICTURE_FORMATS = {"png": ("PNG", False), "jpeg": ("JPEG", True), "webp": ("WEBP", True)}
 QUALITY = 95
+NO_MEMORY = re.compile(r"bad.?alloc|out of memory|failed to allocate|cannot allocate memory", re.IGNORECASE)
 # Errors by kind: the client's, the checkpoint's, the machine's; everything else is a defect.
 KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (UsageError, "user"),
@@ -70,14 +73,25 @@ def picture_bytes(image: Image, form: str, compression: int, texts: Mapping[str,
     return target.getvalue()
 
 
-def said(error: BaseException) -> tuple[str, str]:
-    """The kind of an error, and what a client may read of it: never a path, nothing of a defect but that it is one."""
+def said(error: BaseException, folder: str = "") -> tuple[str, str]:
+    """The kind of an error, and what a client may read of it: never a path, nothing of a defect but that it is one.
+
+    Engines say that there is no memory in words of their own.
+    """
     kind = next((word for cls, word in KINDS if isinstance(error, cls)), "internal")
+    if kind == "internal" and NO_MEMORY.search(str(error)):
+        kind = "memory"
     if kind == "internal":
         return kind, "the engine failed"
     if kind == "memory":
         return kind, "there was not enough memory for this request; ask for fewer pixels or pictures"
-    return kind, PATH.sub("…", " ".join(str(error).split()))
+    return kind, without_paths(str(error), folder)
+
+
+def ending(parameters: Mapping[str, Any]) -> str:
+    """What the text of a picture has at its end, where the denoising was ended early."""
+    steps = parameters.get("stopped_after_steps")
+    return stopped("", steps) if steps else ""
 
 
 class Worker:
@@ -96,7 +110,7 @@ class Worker:
         self.batcher: Batcher | None = None
         self.wishes: dict[str, dict[str, Any]] = {}
         self.noted: dict[str, list[str]] = {}
-        self.stopping = False
+        self.stopping, self.folder = False, ""
 
     def tell(self, event: str, blobs: Sequence[bytes] = (), **fields: Any) -> None:
         """Send an event."""
@@ -107,7 +121,7 @@ class Worker:
 
     def load(self, message: Mapping[str, Any]) -> None:
         """Load the artifact; ``facts`` are what the server wants to know of it."""
-        start = time.perf_counter()
+        start, self.folder = time.perf_counter(), message["folder"]
         options = dict(message["options"])
         try:
             self.pipeline = resolve(message.get("loader") or LOADER)(message["folder"], **options)
@@ -116,9 +130,13 @@ class Worker:
             if PREVIEW in self.pipeline.artifact.manifest.components:
                 self.pipeline.engines[PREVIEW]  # loads it: later the folder may be another build
         except Exception as error:
-            traceback.print_exc()
-            kind, _ = said(error)
-            self.tell("failed", kind=kind, message=" ".join(f"{error}".split()))
+            kind, text = said(error)
+            if kind == "internal":
+                self.print_error(error)
+                text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            elif kind != "memory":
+                text = " ".join(str(error).split())  # for who started the server, who may know the folder
+            self.tell("failed", kind=kind, message=text)
             raise SystemExit(1) from error
         digest = self.pipeline.artifact.manifest.digest
         self.tell("loaded", seconds=time.perf_counter() - start, pid=os.getpid(), digest=digest, rows=self.batcher.rows)
@@ -127,6 +145,7 @@ class Worker:
         """Begin a request."""
         assert self.batcher is not None
         ident = message["id"]
+        self.tell("seen", id=ident)
         self.wishes[ident] = {**message, "previews": set(message.get("previews", ()))}
         try:
             request = self.pipeline.request(message["prompt"], **message["parameters"])
@@ -146,7 +165,10 @@ class Worker:
 
     def send_preview(self, ident: str, index: int, picture: Image, form: str, compression: int) -> None:
         """Encode a preview and send it."""
-        self.tell("preview", [picture_bytes(picture, form, compression, {})], id=ident, index=index)
+        try:
+            self.tell("preview", [picture_bytes(picture, form, compression, {})], id=ident, index=index)
+        except Exception as error:  # the picture itself may still come
+            self.print_error(error)
 
     def ended(self, outcome: Outcome) -> None:
         """Send a request's result or error."""
@@ -155,7 +177,7 @@ class Worker:
         if outcome.error is None:
             self.encoder.submit(self.send_done, outcome, wish, notes)
             return
-        kind, text = said(outcome.error)
+        kind, text = said(outcome.error, self.folder)
         if kind == "internal":
             self.print_error(outcome.error)
         self.tell("error", id=outcome.ident, kind=kind, message=text, warnings=notes)
@@ -165,10 +187,12 @@ class Worker:
         result = outcome.result
         assert result is not None
         try:
-            blobs = [picture_bytes(i, wish["form"], wish["compression"], wish["texts"]) for i in result.images]
+            texts = {k: t + ending(result.parameters) for k, t in wish["texts"].items()}
+            blobs = [picture_bytes(i, wish["form"], wish["compression"], texts) for i in result.images]
         except Exception as error:
+            kind, text = said(error, self.folder)
             self.print_error(error)
-            self.tell("error", id=outcome.ident, kind="internal", message=said(error)[1], warnings=notes)
+            self.tell("error", id=outcome.ident, kind=kind, message=text, warnings=notes)
             return
         if wish.get("latents"):
             blobs.append(result.latents.astype("<f4").tobytes())
@@ -208,7 +232,7 @@ class Worker:
         """In the place of `warnings.showwarning`: a request's warnings go to its client, never to the log."""
         current = self.batcher.current if self.batcher is not None else None
         if current is not None and not issubclass(category, DeprecationWarning):
-            self.noted.setdefault(current, []).append(PATH.sub("…", str(message)))
+            self.noted.setdefault(current, []).append(without_paths(str(message), self.folder))
 
     def serve(self) -> None:
         """Rounds of the batcher, messages between them."""
@@ -238,9 +262,11 @@ class Worker:
 
     def listen(self) -> None:
         """Put what comes on stdin into the inbox."""
-        while (message := read(sys.stdin.buffer)) is not None:
-            self.inbox.put(message)
-        self.inbox.put(None)
+        try:
+            while (message := read(sys.stdin.buffer)) is not None:
+                self.inbox.put(message)
+        finally:
+            self.inbox.put(None)
 
 
 def main() -> int:
@@ -252,9 +278,15 @@ def main() -> int:
     warnings.simplefilter("always")
     warnings.showwarning = worker.note  # type: ignore[assignment]
     threading.Thread(target=worker.listen, daemon=True).start()
-    worker.serve()
-    out.flush()
-    os._exit(0)  # the thread that reads stdin cannot be ended
+    code = 1
+    try:
+        worker.serve()
+        code = 0
+    except SystemExit:
+        pass  # `load` has said why
+    except BaseException as error:
+        worker.print_error(error)
+    os._exit(code)  # the thread that reads stdin cannot be ended
 
 
 if __name__ == "__main__":

@@ -209,7 +209,8 @@ def test_a_picture_remembers_how_it_was_made(picture, tiny_artifact):
     assert image.size == (72, 64)
     assert image.text["parameters"] == (
         "red heart\nNegative prompt: blue 月\n"
-        "Steps: 3, Sampler: euler_a, CFG scale: 3.5, Seed: 7, Size: 72x64, Model: tiny"
+        "Steps: 3, Sampler: Euler a, CFG scale: 3.5, Seed: 7, Size: 72x64, "
+        f"Model hash: {tiny_artifact.manifest.digest[:10]}, Model: tiny, Version: intaglio"
     )
     facts = json.loads(image.text["intaglio"])
     assert facts.pop("artifact") == tiny_artifact.manifest.digest

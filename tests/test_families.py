@@ -13,12 +13,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from cases import HEIGHT, WIDTH
 from families import (
     BACKENDS,
     COMPONENT,
     LATENTS,
     PROMPT,
     PROMPTS,
+    SEED,
+    STEPS,
     Run,
     by_artifact,
     core_cases,
@@ -30,9 +33,11 @@ from intaglio.exporters.component import FAMILIES
 from intaglio.exporters.store import GRAPH
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import load_family
+from intaglio.runtimes.batching import Batcher
 from intaglio.runtimes.fidelity import relative_l2
 
 NORMS = ("Pow", "ReduceMean", "Sqrt", "Reciprocal", "LayerNormalization", "RMSNormalization", "GroupNormalization")
+BESIDE = 1e-5  # relative L2 of final latents, alone against in a batch; measured at most XXX
 GOLDEN = Path(__file__).parent / "golden/tensor_names.json"
 
 
@@ -99,6 +104,38 @@ def feeds_norm(value):
 def test_latents_decode_and_picture_equal_diffusers(run, backend, prompt):
     found = run.figures(run.built.pipeline(backend), prompt)
     assert passes(found), found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_picture_beside_strangers_is_the_picture_alone(run, backend):
+    """Two strangers join at later steps, so that no two are at the same one; all share every call they can."""
+    pipeline = run.built.pipeline(backend)
+
+    def request(prompt, seed):
+        chosen = {**run.case.request, "num_inference_steps": STEPS, "seed": seed, "width": WIDTH, "height": HEIGHT}
+        return pipeline.request(prompt, **chosen)
+
+    strangers = (PROMPT.replace("cat", "dog"), PROMPT.replace("red", "tan"))  # as long, so that Qwen-Image's share
+    requests = [request(PROMPT, SEED), *(request(text, seed) for seed, text in enumerate(strangers))]
+    alone = [latents_of(Batcher(pipeline), {"only": r}, 0)["only"] for r in requests]
+    batcher = Batcher(pipeline)
+    beside = latents_of(batcher, dict(enumerate(requests)), 1)
+    errors = [relative_l2(beside[k], alone[k]) for k in beside]
+    print("BESIDE", run.case.family, backend, max(errors))
+    assert max(errors) <= BESIDE
+    assert batcher.calls == batcher.rounds, "some calls were not shared"
+
+
+def latents_of(batcher, requests, wait):
+    """Final latents by name; a request joins `wait` rounds after the one before."""
+    found, todo = {}, list(requests.items())
+    while todo or len(batcher):
+        if todo and (wait == 0 or batcher.rounds >= wait * len(requests) - wait * len(todo)):
+            batcher.add(str(todo[0][0]), todo.pop(0)[1])
+        for outcome in batcher.advance():
+            assert outcome.error is None, outcome.error
+            found[outcome.ident] = outcome.result.latents
+    return {name: found[str(name)] for name in requests}
 
 
 def guidance_plus_5_percent(run, pipeline, monkeypatch):

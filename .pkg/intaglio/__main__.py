@@ -20,6 +20,7 @@ VERBS = {
     "convert": ("intaglio.exporters.convert:CONVERT", "turn a pickled checkpoint into safetensors, running none of it"),
     "generate": ("intaglio.runtimes.cli:GENERATE", "make pictures from an artifact"),
     "serve": ("intaglio.runtimes.serve_cli:SERVE", "serve artifacts to OpenAI, webui, Hugging Face and Triton clients"),
+    "batch": ("intaglio.runtimes.batch_cli:BATCH", "make a file of requests in OpenAI's Batch format; resumable"),
     "export-for": ("intaglio.exporters.interop_cli:EXPORT_FOR", "arrange an artifact as another tool's folder"),
     "bench": ("intaglio.bench.cli:BENCH", "compare speed, memory and fidelity of artifacts and backends"),
     "report": ("intaglio.bench.report_cli:REPORT", "make a report's pages again from its JSON, or a model card"),
