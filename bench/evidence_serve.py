@@ -34,6 +34,10 @@ FUZZ_CONFIG = """
 [checks]
 positive_data_acceptance.expected-statuses = ["2xx", "400", "401", "403", "404", "409", "413", "429"]
 """
+FUZZ_NAMES = """
+[parameters]
+"path.name" = "emoji"
+"""  # in every other run: the names that are made up are nobody's
 
 
 @contextlib.contextmanager
@@ -196,7 +200,7 @@ def fuzz(server: Served, seed: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="intaglio-fuzz-") as name:
         config, report = Path(name) / "schemathesis.toml", Path(name) / "report.json"
-        config.write_text(FUZZ_CONFIG)
+        config.write_text(FUZZ_CONFIG + (FUZZ_NAMES if seed % 2 else ""))
         url = f"http://{server.address[0]}:{server.address[1]}/openapi.json"
         command = [
             sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", url, "--checks", "all",

@@ -26,8 +26,12 @@ PICTURE = 50.0  # dB; measured 85 and more, with GenAI 51.2: it cuts pixels to b
 OTHER = 1e-2  # GenAI with FLUX.1-dev: measured 0.26, explained in `differences`
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("tool", TOOLS)
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames and "tool" in metafunc.fixturenames:
+        cases = CASES if metafunc.config.getoption("--all-cases") else CASES[:1]  # the others take two minutes
+        metafunc.parametrize(("tool", "name"), [(tool, name) for tool in TOOLS for name in cases])
+
+
 def test_a_tool_makes_our_picture_of_our_artifact(tool, name, built_case, tmp_path):
     peer_run.python_of(PEER[tool])
     built = built_case(name)

@@ -125,7 +125,7 @@ def test_flags_of_batches_on_ray_that_are_not_allowed(flags, word):
 def check_serving(found):
     """What Ray Serve is held to, measured here or on file."""
     assert found["dashboard"] is False
-    assert found["stranger_refused"]
+    assert found["let_in"] == {"friend": True, "stranger": False}
     assert found["different_pictures"] == 1, "the same seed on both replicas, before and after"
     assert set(found["full"]) == {"200", "429"}
     assert found["full"]["200"] >= found["replicas"] * found["held_by_a_replica"]
