@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import http.server
 import itertools
 import json
 import os
 import signal
+import threading
 import time
 import urllib.parse
 import uuid
@@ -361,3 +363,36 @@ def test_prompts_are_in_spans_only_where_asked_for(spans):
 def test_nothing_is_sent_to_nowhere(refused, tiny_artifact, monkeypatch, flags, word):
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     refused("serve", tiny_artifact.folder, "--port", "0", *flags, words=(word,))
+
+
+def test_spans_leave_by_otlp_where_that_is_asked_for(tiny_artifact, monkeypatch):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    bodies = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        for flags in ((), ("--telemetry",)):
+            with serving(f"tiny={tiny_artifact.folder}", flags=(*FLAGS, *flags)) as running:
+                assert picture(running)[0] == 200
+            assert bool(bodies) == bool(flags)
+        collector.shutdown()
+    names, text = set(), b""
+    for path, body in bodies:
+        assert path == "/v1/traces"
+        text += body
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            names |= {span.name for scope in resource.scope_spans for span in scope.spans}
+    assert {"queue", "encode", "denoise", "decode", "generate_content tiny"} <= names
+    assert PROMPT.encode() not in text
