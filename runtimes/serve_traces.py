@@ -1,9 +1,9 @@
 """OpenTelemetry spans, where they are asked for: one a request, with children ``queue``, ``encode``, ``denoise`` and
 ``decode`` for each of its pictures.
 
-Names of attributes are those of the semantic conventions of HTTP servers and of generative AI (``gen_ai.*``; it has no
-operation of its own for pictures: ``generate_content`` with ``gen_ai.output.type`` ``image``). W3C Trace Context comes in
-with ``traceparent`` and goes back under the same name, and as ``traceresponse``, as the draft of its level 2 says.
+Attributes have the names of the semantic conventions of HTTP servers and of generative AI (``gen_ai.*``; it has no
+operation of its own for pictures: ``generate_content`` with ``gen_ai.output.type`` ``image``). W3C Trace Context comes
+in with ``traceparent`` and goes back under the same name, and as ``traceresponse``, as the draft of its level 2 says.
 A prompt is in a span only where that is asked for, too.
 """
 
@@ -123,7 +123,7 @@ class Traces:
             self.child(job.ticket, "queue", job.ticket.arrival, self.begun[job.ident], job.index)
 
     def picture(self, ticket: Any, picture: Any) -> None:
-        """A picture was made. How long its stages took is the worker's word; where they lie follows from their order."""
+        """A picture was made. How long its stages took is the worker's word; where they lie, their order's."""
         index = next(index for index, made in ticket.pictures.items() if made is picture)
         start = self.begun.pop(ticket.jobs[index].ident, None)
         if start is None:

@@ -343,8 +343,9 @@ def test_a_request_id_that_comes_again_gets_its_own_picture(run):
 
     async def work(hub):
         alone = await ending(hub.submit(order("red heart", steps=1, seed=5)))
-        for _ in range(10):
-            first = hub.submit(order("pizza", steps=1, seed=4, ident="mine"))
+        large = {"width": 1024, "height": 1024}  # whose file takes a while after its last step
+        for _ in range(3):
+            first = hub.submit(order("pizza", steps=1, seed=4, ident="mine", parameters=large))
             await until(lambda first=first: first.steps_done == 1)
             first.cancel()
             assert await ending(hub.submit(order("red heart", steps=1, seed=5, ident="mine"))) == alone
