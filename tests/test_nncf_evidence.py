@@ -11,8 +11,7 @@ from intaglio.bench.evidence import FOLDER, ROOT, status
 from intaglio.bench.evidence_nncf import MODES, OURS, THEIRS, layers_of_ir, plan_of
 from intaglio.quantize.formats import FORMATS
 
-# Our error over NNCF's at the same layers. Measured: see the assertions below.
-NO_WORSE = 1.05
+NO_WORSE = 1.05  # our denoiser's median error over NNCF's at the same layers; measured 1.02 in int8, 1.03 in int4
 
 
 @pytest.fixture
@@ -54,16 +53,14 @@ def test_the_evidence_compares_the_same_layers():
     if status()["nncf"] != "fresh":
         pytest.skip(f"evidence 'nncf' is {status()['nncf']}; run: make evidence nncf")
     figures = json.loads((ROOT / FOLDER / "nncf.json").read_text(encoding="utf-8"))["figures"]
-    for component in figures["layers"]["int8"].values():
-        assert component["as_ours"] == component["layers"]
-        assert not component["beyond"]
-    for name, component in figures["layers"]["int4"].items():
-        assert not component["beyond"]
-        # NNCF has 1x1 convolutions in int8 whatever is asked; ours are matrix products
-        assert set(component["otherwise"].values()) <= {"int8"}, name
-        assert all("conv" in layer for layer in component["otherwise"])
+    for form in OURS:
+        for component in figures["layers"][form].values():
+            assert component["as_ours"] == component["layers"]
+            assert not component["otherwise"]
+            assert not component["beyond"]
     rows = {row["format"]: row for row in figures["rows"] if row["backend"] == "openvino"}
     for form in OURS:
         ours, theirs = rows[form]["denoiser_error"], rows[THEIRS + form]["denoiser_error"]
         assert ours["median"] <= NO_WORSE * theirs["median"], form
         assert ours["worst"] <= NO_WORSE * theirs["worst"], form
+        assert rows[form]["denoiser_bytes"] <= 1.02 * rows[THEIRS + form]["denoiser_bytes"], form

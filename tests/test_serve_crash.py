@@ -144,6 +144,25 @@ def test_a_worker_comes_back_as_soon_as_it_can_be_loaded_again(folder, tmp_path,
     asyncio.run(work())
 
 
+def test_the_time_without_a_worker_is_not_taken_for_its_pace(folder, monkeypatch):
+    monkeypatch.setattr(serve_model, "RESTART_SECONDS", (1.0,))
+
+    async def work():
+        async with started(folder, seconds=STEP) as hub:
+            for seed in range(3):
+                await ending(hub.submit(order("heart", seed=seed)))
+            hub.submit(order("heart", steps=50))
+            await until(lambda: hub.tally.steps > 15)
+            kill(hub)
+            await until(lambda: only(hub).process is not None and only(hub).process.alive)
+            for seed in range(3):
+                assert len(await ending(hub.submit(order("heart", seed=seed)))) == 1
+            return only(hub).pace
+
+    pace = asyncio.run(work())
+    assert pace.seconds < 1.0  # of some thirty steps
+
+
 def loading_badly(tmp_path, name, code):
     """A loader, as ``module:function``, in a module of its own."""
     (tmp_path / f"{name}.py").write_text(f"import os, time\n\ndef load(folder, **options):\n    {code}\n")
@@ -198,7 +217,7 @@ def test_a_hub_that_ends_answers_everybody_and_ends_its_workers(folder):
 # Over HTTP, with real processes.
 
 
-def ask(url, body=None, path="/v1/images/generations", timeout=60):
+def ask(url, body=None, path="/v1/images/generations", headers=(), timeout=60):
     """(status, headers, JSON)."""
     host, port = re.fullmatch(r"http://(.+):(\d+)", url).groups()
     connection = http.client.HTTPConnection(host, int(port), timeout=timeout)
@@ -206,7 +225,7 @@ def ask(url, body=None, path="/v1/images/generations", timeout=60):
         if body is None:
             connection.request("GET", path)
         else:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **dict(headers)})
         answer = connection.getresponse()
         return answer.status, {name.lower(): value for name, value in answer.headers.items()}, json.loads(answer.read())
     finally:
@@ -216,13 +235,13 @@ def ask(url, body=None, path="/v1/images/generations", timeout=60):
 class Asking(threading.Thread):
     """A request under way; `result` is (status, headers, JSON)."""
 
-    def __init__(self, url, body):
+    def __init__(self, url, body, headers=()):
         super().__init__(daemon=True)
-        self.url, self.body, self.result = url, body, None
+        self.url, self.body, self.headers, self.result = url, body, headers, None
         self.start()
 
     def run(self):
-        self.result = ask(self.url, self.body)
+        self.result = ask(self.url, self.body, headers=self.headers)
 
     def end(self):
         self.join(60)

@@ -332,7 +332,7 @@ def test_errors_of_every_kind_have_an_id_and_say_nothing_of_the_inside(made, fol
     async def tool():
         raise UsageError(f"{folder}/unet/model.onnx cannot be read")
 
-    preview = body(prompt=PROMPT, parameters={"decoder": "preview_vae_decoder"})
+    preview = body(prompt=PROMPT, parameters={"decoder": "vae_preview"})
     cases = {
         400: [
             ("POST", PICTURES, {"body": preview}),

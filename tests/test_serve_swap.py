@@ -131,6 +131,22 @@ def test_a_swap_while_a_picture_is_made_ends_it_on_the_build_it_began_with(build
     asyncio.run(work())
 
 
+def test_a_picture_under_way_needs_nothing_of_the_folder(builds, tmp_path):
+    """Which may be another build by then, or for a moment none."""
+    folders, pictures = builds
+    place = Path(shutil.copytree(folders[0], tmp_path / "served"))
+
+    async def work():
+        async with started(place, seconds=0.05) as hub:
+            running = hub.submit(order(seed=0))
+            await until(lambda: running.steps_done)
+            place.rename(tmp_path / "away")
+            assert (await ending(running))[0] == pictures[0][0]
+            assert (await ending(hub.submit(order(seed=1))))[0] == pictures[0][1]
+
+    asyncio.run(work())
+
+
 @contextlib.asynccontextmanager
 async def three(tmp_path, fits):
     """A hub of artifacts a, b and c, of which `fits` have room at once."""
