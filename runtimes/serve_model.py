@@ -24,10 +24,8 @@ from intaglio.runtimes.serve_process import LoadFailed, Process
 
 LOG = logging.getLogger("intaglio.serve")
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the n-th start in a row that failed
-LOADED_SIZE = 1.5  # bytes in memory of an artifact that never ran, over those on disk, and beside
-WORKER_BYTES = 64 * 2**20  # those of the process itself
-LOOK_SECONDS = 0.5  # between looks at the folder
-ENDING_SECONDS = 0.05  # between looks at a worker that ends
+LOADED_SIZE, WORKER_BYTES = 1.5, 64 * 2**20  # of what never ran: bytes in memory over those on disk, and beside them
+LOOK_SECONDS, ENDING_SECONDS = 0.5, 0.05  # between looks at the folder, and at a worker that ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

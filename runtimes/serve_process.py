@@ -172,10 +172,12 @@ class Process:
             self.loading.set_exception(LoadFailed(f"the worker died while loading (exit code {code})"))
         receivers, self.receivers = self.receivers, {}
         self.tasks[1].cancel()
-        self.ended(self)  # first: what is told below may begin others
-        for ident, receiver in receivers.items():
-            kind = "lost" if ident in self.seen else "unseen"
-            receiver({"event": "error", "id": ident, "kind": kind, "message": self.reason}, [])
+        try:
+            self.ended(self)  # first: what is told below may begin others
+        finally:
+            for ident, receiver in receivers.items():
+                kind = "lost" if ident in self.seen else "unseen"
+                receiver({"event": "error", "id": ident, "kind": kind, "message": self.reason}, [])
 
     async def stop(self, patience: float) -> None:
         """Let it end what it began, for `patience` seconds; then kill it."""

@@ -11,10 +11,12 @@ to do, which is what the watchdog waits for.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
@@ -43,6 +45,7 @@ PULSE_SECONDS = 1.0
 # How pictures are written: (Pillow's name, whether ``compression`` 0 to 100 is its quality).
 PICTURE_FORMATS = {"png": ("PNG", False), "jpeg": ("JPEG", True), "webp": ("WEBP", True)}
 QUALITY = 95
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NO_MEMORY = re.compile(r"bad.?alloc|out of memory|failed to allocate|cannot allocate memory", re.IGNORECASE)
 # Errors by kind: the client's, the checkpoint's, the machine's; everything else is a defect.
 KINDS: tuple[tuple[type[BaseException], str], ...] = (
@@ -269,8 +272,16 @@ class Worker:
             self.inbox.put(None)
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent's thread ends, though it hang or be stopped (prctl(2))."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux; elsewhere the end of stdin has to do
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     """Serve until told to stop."""
+    end_with_parent()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
