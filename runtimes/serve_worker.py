@@ -107,7 +107,7 @@ class Worker:
 
     def __init__(self, out: Any) -> None:
         self.out, self.lock = out, threading.Lock()
-        self.inbox: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]]] = queue.SimpleQueue()
         self.encoder = ThreadPoolExecutor(1, "pictures")  # a PNG takes a while, in which the next step can run
         self.pipeline: Any = None
         self.batcher: Batcher | None = None
@@ -246,8 +246,6 @@ class Worker:
             except queue.Empty:
                 self.advance()
                 continue
-            if message is None:
-                os._exit(1)  # the server is gone, and with it whoever waited
             do = message[0]["do"]
             {"load": self.load, "run": self.run, "cancel": self.cancel, "finish": self.finish, "preview": self.preview,
              "stop": self.stop}[do](message[0])  # fmt: skip
@@ -264,12 +262,15 @@ class Worker:
         self.tell("pulse", (), **facts, cache_hits=cache.hits, cache_misses=cache.misses, cache_bytes=cache.held)
 
     def listen(self) -> None:
-        """Put what comes on stdin into the inbox."""
+        """Put what comes on stdin into the inbox, until the server is gone, and with it whoever waited.
+
+        The process ends then, though it be amid a call that takes long or does not return.
+        """
         try:
             while (message := read(sys.stdin.buffer)) is not None:
                 self.inbox.put(message)
         finally:
-            self.inbox.put(None)
+            os._exit(1)
 
 
 def end_with_parent() -> None:
