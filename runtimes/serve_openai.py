@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
@@ -26,6 +26,7 @@ from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError
 from intaglio.runtimes.serve_hub import facts_of
 from intaglio.runtimes.serve_model import Model
 from intaglio.runtimes.serve_room import Protocol, Room, Wish, as_json
+from intaglio.runtimes.serve_stream import EventStream
 from intaglio.runtimes.serve_ticket import Picture, Ticket
 from intaglio.runtimes.serve_worker import QUALITY
 
@@ -195,7 +196,8 @@ async def events(ticket: Ticket, ident: str) -> AsyncIterator[bytes]:
 
 def model_facts(model: Model) -> dict[str, Any]:
     """One element of ``/v1/models``; what is more than OpenAI's is under ``intaglio``."""
-    created = int((model.settings.folder / "manifest.json").stat().st_mtime)
+    generation = model.reader.artifact.generation  # the folder may be another build's by now
+    created = generation[3] // 10**9 if generation else 0
     return {
         "id": model.name,
         "object": "model",
@@ -231,7 +233,7 @@ def router(room: Room) -> APIRouter:
             if body.stream:
                 ticket = room.hub.submit(room.order(request, wish))
                 ident = request.scope["state"]["id"]
-                return StreamingResponse(events(ticket, ident), media_type="text/event-stream")
+                return EventStream(ticket, events(ticket, ident))
             ticket, pictures = await room.make(request, wish)
         return JSONResponse(answer(ticket, pictures, body.response_format))
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from intaglio.profiles.errors import ToolError
 from intaglio.runtimes.infotext import SAMPLER_NAMES
@@ -31,6 +31,7 @@ from intaglio.runtimes.serve_hub import Hub, facts_of
 from intaglio.runtimes.serve_model import Model
 from intaglio.runtimes.serve_openai import event
 from intaglio.runtimes.serve_room import Protocol, Room, Wish
+from intaglio.runtimes.serve_stream import EventStream
 from intaglio.runtimes.serve_ticket import Job, Ticket
 
 HERE = Path(__file__).parent
@@ -197,21 +198,6 @@ async def told(hub: Hub, ticket: Ticket, ident: str) -> AsyncIterator[bytes]:
         yield event("error", error_body(ticket.error, ident))
 
 
-class Told(StreamingResponse):
-    """A request's events. However it ends, be it before the first event, the request does not outlive it."""
-
-    def __init__(self, hub: Hub, ticket: Ticket, ident: str) -> None:
-        super().__init__(told(hub, ticket, ident), media_type="text/event-stream", headers=UNBUFFERED)
-        self.ticket = ticket
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.ticket.cancel()  # the page went away, or was told to stop
-
-
 def error_body(error: ServeError, ident: str) -> dict[str, Any]:
     """What the page shows in one line; ``request_id`` names the request in the server's log."""
     return {"error": {"message": error.message, "code": error.code, "param": error.param, "request_id": ident}}
@@ -235,10 +221,10 @@ def router(room: Room) -> APIRouter:
         return {"models": [form_of(model) for model in room.hub.models.values()], "limits": limits}
 
     @routes.post("/ui/pictures")
-    async def pictures(request: Request, body: PicturesRequest) -> StreamingResponse:
+    async def pictures(request: Request, body: PicturesRequest) -> Response:
         """Make pictures, and tell how it goes."""
         ticket = room.hub.submit(room.order(request, body.wish()))
-        return Told(room.hub, ticket, request.scope["state"]["id"])
+        return EventStream(ticket, told(room.hub, ticket, request.scope["state"]["id"]), UNBUFFERED)
 
     return routes
 

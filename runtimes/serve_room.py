@@ -94,7 +94,8 @@ class Room:
         limits.check("pictures", wish.count, "pictures", "n")
         if wish.count < 1:
             raise BadRequest(f"{wish.count} pictures are not allowed: 1 or more", param="n")
-        width, height = wish.width or shapes["width"].opt, wish.height or shapes["height"].opt
+        width = shapes["width"].opt if wish.width is None else wish.width
+        height = shapes["height"].opt if wish.height is None else wish.height
         limits.check("pixels", width * height, f"{width}x{height} pixels", "size")
         steps = settings["num_inference_steps"] if wish.num_inference_steps is None else wish.num_inference_steps
         limits.check("steps", steps, "num_inference_steps", "num_inference_steps")
@@ -219,7 +220,7 @@ def check_further(wish: Wish, sampler: Any) -> None:
             near = suggestion(name, sampler.all_parameters)
             family = sampler.manifest.family
             raise BadRequest(
-                f"{name!r} is not a parameter of the family {family}; allowed: {allowed}.{near}", param=name
+                f"{name!r} is not a parameter of the family {family}; allowed: {allowed}.{near}", param="parameters"
             )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -344,3 +346,30 @@ def test_a_stream_whose_worker_dies_raises_what_happened(server, client):
     assert caught.value.code == "worker_lost"
     assert "can be sent again" in caught.value.message
     assert generate(client).data
+
+
+def test_a_stream_whose_client_left_before_its_first_event_ends_its_request():
+    from types import SimpleNamespace
+
+    from intaglio.runtimes.serve_stream import EventStream
+
+    cancelled, begun = [], []
+
+    async def events():
+        begun.append(True)
+        yield b""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError  # what uvicorn raises where nobody listens any more
+
+    async def run():
+        stream = EventStream(SimpleNamespace(cancel=lambda: cancelled.append(True)), events())
+        with contextlib.suppress(Exception):
+            await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    asyncio.run(run())
+    assert cancelled
+    assert not begun
