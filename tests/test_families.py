@@ -37,7 +37,7 @@ from intaglio.runtimes.batching import Batcher
 from intaglio.runtimes.fidelity import relative_l2
 
 NORMS = ("Pow", "ReduceMean", "Sqrt", "Reciprocal", "LayerNormalization", "RMSNormalization", "GroupNormalization")
-BESIDE = 1e-5  # relative L2 of final latents, alone against in a batch; measured 0 everywhere
+BESIDE = 1e-5  # relative L2 of final latents, alone against in a batch; measured 0 on both backends
 GOLDEN = Path(__file__).parent / "golden/tensor_names.json"
 
 
@@ -106,10 +106,9 @@ def test_latents_decode_and_picture_equal_diffusers(run, backend, prompt):
     assert passes(found), found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_picture_beside_strangers_is_the_picture_alone(run, backend):
+def test_a_picture_beside_strangers_is_the_picture_alone(run):
     """Two strangers join at later steps, so that no two are at the same one; all share every call they can."""
-    pipeline = run.built.pipeline(backend)
+    pipeline = run.built.pipeline("openvino")
 
     def request(prompt, seed):
         chosen = {**run.case.request, "num_inference_steps": STEPS, "seed": seed, "width": WIDTH, "height": HEIGHT}

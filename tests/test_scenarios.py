@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import time
 
 import numpy as np
@@ -322,8 +323,12 @@ def test_a_sample_is_the_same_picture_in_any_batch(pipeline, scheduler, monkeypa
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_an_artifact_runs_valid(scenario, tiny_artifact, command, tmp_path, capsys):
     words = ["--scenario", scenario, "--steps", 1, "--threads", 1, "--json", "-o", tmp_path / "out"]
-    code = command(tiny_artifact.folder, *words)
-    captured = capsys.readouterr()
+    for _ in range(3):  # what else runs here may come between LoadGen's clock and ours, which the verb then says
+        code = command(tiny_artifact.folder, *words)
+        captured = capsys.readouterr()
+        if "repeat on an idle machine" not in captured.err:
+            break
+        shutil.rmtree(tmp_path / "out")
     report = json.loads(captured.out)
     assert (code, captured.err) == (0, ""), report["why"]
     assert report == json.loads((tmp_path / "out" / REPORT).read_text(encoding="utf-8"))

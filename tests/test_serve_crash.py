@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from intaglio.runtimes.serve_errors import Lost
 from intaglio.runtimes.serve_process import LoadFailed
 
 STEP = 0.02
-WATCHDOG = 3.0  # seconds; a new worker takes a tenth for its first step, on a machine that is busy more than one
+WATCHDOG = 8.0  # seconds; a new worker takes a tenth for its first step, on a machine that is busy more than one
 LONG = {"scheduler": "ddim"}  # which allows as many steps as training had
 NULL = ("--backend", "null", "--threads", "1")
 
@@ -81,9 +82,11 @@ def test_a_dead_worker_fails_what_was_in_it_and_the_next_one_serves_what_waited(
     async def work():
         async with started(folder, seconds=STEP, concurrency=2, watchdog=WATCHDOG) as hub:
             alone = await ending(hub.submit(order("heart", seed=9)))
-            inside = [hub.submit(order(f"{word} {k}", steps=50, seed=k)) for k in range(2)]
-            waiting = [hub.submit(order("heart", seed=9)) for _ in range(3)]
+            inside = [hub.submit(order("heart 0", steps=200, seed=0))]
             await until(lambda: inside[0].steps_done)
+            inside.append(hub.submit(order(f"{word} 1", steps=200, seed=1)))  # acts when the other is under way
+            waiting = [hub.submit(order("heart", seed=9)) for _ in range(3)]
+            await until(lambda: inside[1].steps_done)
             deed(hub)
             errors = [await ending(ticket) for ticket in inside]
             assert not hub.ready, "no worker is there"
@@ -268,6 +271,13 @@ def ready(server):
     return ask(server.url, path="/ready")[0] == 200
 
 
+def running(server):
+    """Pictures under way, by the server's own count."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        found = re.search(r"^intaglio_running\S* (\S+)$", answer.read().decode(), re.MULTILINE)
+    return float(found[1])
+
+
 def come(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
@@ -279,7 +289,7 @@ def test_over_http_kill_9_fails_one_request_with_an_id_and_the_server_serves_on(
     with serving(folder, flags=(*NULL, "--concurrency", "1")) as server:
         before = ask(server.url, SMALL)
         large = Asking(server.url, LARGE)
-        time.sleep(0.4)
+        come(lambda: running(server) == 1)
         waiting = Asking(server.url, SMALL)
         time.sleep(0.1)
         os.kill(worker_of(server), signal.SIGKILL)
@@ -323,7 +333,7 @@ def test_over_http_kill_9_fails_one_request_with_an_id_and_the_server_serves_on(
 def test_sigterm_ends_what_is_under_way_and_then_the_server(folder):
     with serving(folder, flags=NULL) as server:
         pid, large = worker_of(server), Asking(server.url, {**LARGE, "num_inference_steps": 60})
-        time.sleep(0.4)
+        come(lambda: running(server) == 1)
         begin = time.monotonic()
         server.process.terminate()
         assert large.end()[0] == 200
@@ -335,7 +345,7 @@ def test_sigterm_ends_what_is_under_way_and_then_the_server(folder):
 def test_what_does_not_end_within_the_drain_is_answered_too(folder):
     with serving(folder, flags=(*NULL, "--drain", "0.2")) as server:
         large = Asking(server.url, LARGE)
-        time.sleep(0.4)
+        come(lambda: running(server) == 1)
         server.process.terminate()
         status, _, body = large.end()
         assert (status, body["error"]["code"]) == (503, "worker_lost")
