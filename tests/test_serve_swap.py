@@ -154,7 +154,7 @@ async def three(tmp_path, fits):
     async with started(folders[0]) as hub:
         await ending(hub.submit(order()))
         size = only(hub).measure()
-    async with started(*folders, seconds=STEP, hub={"memory": int(size * (fits + 0.7))}) as hub:
+    async with started(*folders, seconds=STEP, hub={"memory": int(size * (fits + 0.3))}) as hub:
         yield hub
 
 
