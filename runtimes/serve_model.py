@@ -159,8 +159,9 @@ class Model:
     def measure(self) -> int | None:
         """Bytes its worker holds now, mapped files included."""
         held = held_bytes(self.process.pid) if self.process is not None and self.process.pid else None
-        if held is not None and sum(held):  # of a process that has just died the kernel says nothing
-            self.measured = sum(held)
+        total = sum(held or (0, 0))
+        if total:  # of a process that has just died the kernel says nothing
+            self.measured = total
         return self.measured if self.process is not None else None
 
     async def load(self) -> None:
