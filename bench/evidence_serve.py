@@ -59,8 +59,8 @@ def small(k: int) -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """Ten times as many requests as there is capacity for, for a minute."""
     flags = ("--backend", BACKEND, "--threads", str(THREADS), "--concurrency", str(CONCURRENCY), "--queue", str(QUEUE))
-    flags = (*flags, "--cache", "1MiB")  # every prompt is new: with the default it would fill for hours
-    with emoji({"*": "int8"}, "openvino") as artifact, served(artifact, *flags) as server:
+    cache = ("--cache", "1MiB")  # every prompt is new: with the default it would fill for hours
+    with emoji({"*": "int8"}, "openvino") as artifact, served(artifact, *flags, *cache) as server:
         return overload(server)
 
 
