@@ -57,7 +57,7 @@ def test_the_picture_is_that_of_the_pipeline(server, tiny_artifact):
     parameters = {**QUICK, "guidance_scale": 4.5, "negative_prompt": "blue", "scheduler": "euler"}
     image = InferenceClient(model=server.url).text_to_image("red heart", **parameters)
     wanted = load(tiny_artifact.folder, backend="openvino", threads=1)("red heart", **parameters).images[0]
-    assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).max() <= 1  # measured 0
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).max() <= 1
 
 
 @pytest.mark.parametrize("word", FITTING)

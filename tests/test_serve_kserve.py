@@ -100,7 +100,7 @@ def test_pictures_are_those_of_the_pipeline(triton, tiny_artifact, name, binary)
     result = triton.infer(name, inputs_of(binary, prompt="red 红", num_images_per_prompt=2, **values), request_id="7")
     image = result.as_numpy("image")
     assert (image.dtype, image.shape) == (np.uint8, (2, 64, 64, 3))
-    assert np.abs(image.astype(int) - np.stack([np.asarray(one) for one in wanted])).max() <= 1  # measured 0
+    assert np.abs(image.astype(int) - np.stack([np.asarray(one) for one in wanted])).max() <= 1
     assert result.as_numpy("seed").tolist() == [5, 6]
     facts = result.get_response()
     assert (facts["id"], facts["model_name"], facts["model_version"]) == ("7", name, "1")

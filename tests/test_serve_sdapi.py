@@ -96,7 +96,7 @@ def test_pictures_are_those_of_the_pipeline(anna, tiny_artifact):
     )  # fmt: skip
     assert len(result.images) == 2
     for got, image in zip(result.images, wanted.images, strict=True):
-        assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() <= 1  # measured 0
+        assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() <= 1
     info = result.info
     assert info["all_seeds"] == [7, 8]
     assert info["all_prompts"] == ["a (red:1.3) heart"] * 2
