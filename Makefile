@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/intaglio demo -o demo
 
+# In the order of their names: pytest-xdist would keep files of few tests for the end, and the longest are among them.
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # make evidence NAME runs one long check; make evidence runs those that are missing or stale.
 ifeq (evidence,$(firstword $(MAKECMDGOALS)))

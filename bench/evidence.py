@@ -45,9 +45,9 @@ LARGE_SOURCES = (
     *(f"quantize/{n}.py" for n in ("int4", "int8", "arrays", "tensors", "segments", "decode")),
 )
 SERVE_SOURCES = (
-    *(f"runtimes/{n}.py" for n in ("batching", "evaluation", "embedding_cache", "serve_admission", "serve_app")),
-    *(f"runtimes/serve_{n}.py" for n in ("connection", "guard", "hub", "model", "openai", "pace", "process", "queue")),
-    *(f"runtimes/serve_{n}.py" for n in ("room", "ticket", "wire", "worker")),
+    *(f"runtimes/{n}.py" for n in ("batching", "evaluation", "embedding_cache", "picture_files", "serve_admission")),
+    *(f"runtimes/serve_{n}.py" for n in ("app", "connection", "guard", "hub", "keys", "model", "openai", "pace")),
+    *(f"runtimes/serve_{n}.py" for n in ("process", "queue", "room", "ticket", "wire", "worker")),
     *("bench/evidence_serve.py", "bench/serve_load.py"),
 )
 CHECKS = {
@@ -166,6 +166,11 @@ CHECKS = {
         run="intaglio.bench.evidence_serve_speed:measure",
         sources=(*SERVE_SOURCES, "bench/evidence_serve_speed.py", "runtimes/loop.py", "runtimes/engine_o*.py"),
         about="a served picture over a bare loop's; pictures a second by clients, with shared calls and without",
+    ),
+    "serve_clients": Check(
+        run="intaglio.bench.evidence_serve_clients:measure",
+        sources=(*SERVE_SOURCES, "bench/evidence_serve_clients.py", "bench/loadgen*.py"),
+        about="LoadGen's server scenario through HTTP, and AIPerf: validity, errors, rates beside our own client's",
     ),
     "fresh_clone": Check(
         run="intaglio.bench.evidence_fresh_clone:measure",

@@ -34,7 +34,8 @@ def measure() -> dict[str, Any]:
                 if built is not None:
                     built.close()
                 shutil.rmtree(place, ignore_errors=True)
-                key, built = families.artifact_key(case), families.Built(case, place, ("openvino",), {})
+                families.build_case(case, place, ("openvino",), {})
+                key, built = families.artifact_key(case), families.Built(case, place)
                 plans = tensorrt(built.artifact, place)
             figures[name] = {**case_figures(families, case, built), "tensorrt": plans}
     return figures

@@ -50,10 +50,12 @@ class Subject:
     Attributes:
         make: sample numbers and their prompts to as many pictures, in order.
         batch: samples that one call of `make` takes at most.
+        clients: calls of `make` that are under way at once at most; above 1 they are made in threads.
     """
 
     make: Maker
     batch: int = 1
+    clients: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ def play(
     Args:
         task: `samples` is the number of `prompts`.
         prompts: by sample number.
-        subject: makes the pictures, in this thread.
+        subject: makes the pictures, in this thread where it has one client.
         folder: exists.
         tell: is given the number of samples done.
 
@@ -90,19 +92,28 @@ def play(
         LoadgenError: it died or was not given a picture for every prompt. What `subject` raises passes through.
     """
     latencies: list[float] = []
+    lock = threading.Lock()
     with loadgen_process(task, folder) as (arrivals, answer):
+
+        def make(part: Sequence[tuple[int, int]], at: int) -> bool:
+            numbers = [sample for _, sample in part]
+            pictures = subject.make(numbers, [prompts[n] for n in numbers])
+            if len(pictures) != len(part):
+                raise LoadgenError(f"{len(part)} prompts gave {len(pictures)} pictures; there must be one for each")
+            with lock:
+                latencies.extend([(time.perf_counter_ns() - at) / 1e9] * len(part))
+                heard = answer([identifier for identifier, _ in part])
+                tell(len(latencies))
+            return heard
+
+        call = make if subject.clients == 1 else in_threads(make, subject.clients, arrivals)
         while (message := arrivals.get()) is not None and "done" not in message:
+            if "error" in message:
+                raise message["error"]
             issued, at = message["issue"], message["at"]
             for start in range(0, len(issued), subject.batch):
-                part = issued[start : start + subject.batch]
-                numbers = [sample for _, sample in part]
-                pictures = subject.make(numbers, [prompts[n] for n in numbers])
-                if len(pictures) != len(part):
-                    raise LoadgenError(f"{len(part)} prompts gave {len(pictures)} pictures; there must be one for each")
-                latencies += [(time.perf_counter_ns() - at) / 1e9] * len(part)
-                if not answer([identifier for identifier, _ in part]):
+                if not call(issued[start : start + subject.batch], at):
                     break
-                tell(len(latencies))
     if message is None:
         raise LoadgenError("LoadGen's process ended before its run did")
     for name in BESIDES:
@@ -111,6 +122,30 @@ def play(
 
 
 Arrivals = queue.SimpleQueue[dict[str, Any] | None]
+
+
+def in_threads(make: Callable[..., bool], count: int, arrivals: Arrivals) -> Callable[..., bool]:
+    """`make` by so many threads, which take the calls in their order; what it raises arrives as ``error``.
+
+    They end with the process: one that waits for a server's answer must not keep anybody from leaving.
+    """
+    calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            while True:
+                make(*calls.get())
+        except BaseException as error:
+            arrivals.put({"error": error})
+
+    for _ in range(count):
+        threading.Thread(target=work, daemon=True).start()
+
+    def call(*arguments: Any) -> bool:
+        calls.put(arguments)
+        return True
+
+    return call
 
 
 @contextlib.contextmanager

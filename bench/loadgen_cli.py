@@ -1,4 +1,4 @@
-"""``intaglio loadgen``: an artifact under MLPerf's LoadGen in one of its four scenarios."""
+"""``intaglio loadgen``: an artifact, or a server, under MLPerf's LoadGen in one of its four scenarios."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intaglio.bench.loadgen import Subject
+from intaglio.bench.loadgen_http import CLIENTS, Server, subject_of_server
 from intaglio.bench.scenarios import SCENARIOS, measure, read_rules
 from intaglio.profiles.command import Verb, say
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import need
 from intaglio.profiles.staging import writing
 from intaglio.runtimes.sampling import Request
+from intaglio.runtimes.serve_keys import read_keys
 
 if TYPE_CHECKING:
     from intaglio.runtimes.pipeline import Pipeline
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 REPORT = "loadgen.json"
 BATCH = 8  # samples that one call takes at most: a query of multi_stream
 TICK = 0.2  # seconds between two changes of the line on stderr
+LOCAL = {"backend": "onnxruntime", "device": "cpu", "threads": 0}  # options of an artifact in this process
+REMOTE = ("clients", "model", "api_key_file")  # of a server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +100,17 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
 
 def configure_scenario(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``intaglio loadgen``."""
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="folder made by intaglio build")
+    parser.add_argument("artifact", type=Path, nargs="?", metavar="ARTIFACT", help="folder made by intaglio build")
+    parser.add_argument("--url", metavar="URL", help="or a server that speaks OpenAI's images: http://HOST:PORT")
     parser.add_argument("--scenario", required=True, metavar="S", help=", ".join(SCENARIOS))
     parser.add_argument("--profile", default="short", metavar="P", help="short (default), or mlperf: its rules of SDXL")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=NUMBER", help="change a rule; repeatable")
-    parser.add_argument("--backend", default="onnxruntime", metavar="B", help="default onnxruntime")
-    parser.add_argument("--device", default="cpu", help="the backend's device name (default cpu)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: the backend's choice")
+    parser.add_argument("--backend", metavar="B", help="default onnxruntime")
+    parser.add_argument("--device", help="the backend's device name (default cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; 0, the default: the backend's choice")
+    parser.add_argument("--clients", type=int, metavar="N", help=f"of --url: requests at once (default {CLIENTS})")
+    parser.add_argument("--model", metavar="NAME", help="of --url: which of its models (default: its first)")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="of --url: its first key is sent")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; default: the demo's")
     parser.add_argument(
         "--target-qps", type=float, metavar="Q", help="queries a second; default: from warm-up pictures"
@@ -146,15 +154,82 @@ def output_folder(target: Path | None) -> Iterator[Path]:
         yield folder
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A subject, and what a report says of it: which ``artifact`` it is, and how it ``ran``."""
+
+    subject: Subject
+    artifact: Mapping[str, Any]
+    ran: Mapping[str, Any]
+
+
+@contextmanager
+def local(args: argparse.Namespace) -> Iterator[Measured]:
+    """An artifact in this process.
+
+    Raises:
+        ToolError: it cannot be loaded, or not be run so.
+    """
+    from intaglio.runtimes.pipeline import load
+
+    given = {name: getattr(args, name) for name in LOCAL if getattr(args, name) is not None}
+    ran: dict[str, Any] = {**LOCAL, **given}
+    with closing(load(args.artifact, **ran)) as pipeline:
+        made = pipeline.artifact.manifest
+        yield Measured(
+            subject=subject_of(pipeline, steps=args.steps, seed=args.seed),
+            artifact={"name": made.name, "family": made.family, "digest": made.digest},
+            ran={**ran, "seed": args.seed, "steps": args.steps or made.settings["num_inference_steps"]},
+        )
+
+
+@contextmanager
+def remote(args: argparse.Namespace) -> Iterator[Measured]:
+    """A server.
+
+    Raises:
+        ToolError: it does not answer, or has no such model.
+    """
+    clients = CLIENTS if args.clients is None else args.clients
+    if clients < 1:
+        raise UsageError(f"--clients {clients} is not allowed: 1 or more")
+    extra = {"model": args.model, "num_inference_steps": args.steps}
+    given = {name: value for name, value in extra.items() if value is not None}
+    key = None if args.api_key_file is None else next(iter(read_keys(args.api_key_file)))
+    server = Server(args.url, key, given)
+    found = server.model(args.model)
+    facts = found.get("intaglio") or {}  # what a server of ours says of its artifact
+    yield Measured(
+        subject=subject_of_server(server, clients=clients, seed=args.seed),
+        artifact={"name": found["id"], "family": facts.get("family"), "digest": facts.get("digest")},
+        ran={"url": args.url, "clients": clients, "seed": args.seed, "steps": args.steps, "server": facts},
+    )
+
+
+def place_of(args: argparse.Namespace) -> Callable[[argparse.Namespace], AbstractContextManager[Measured]]:
+    """`local` or `remote`, whichever was asked for.
+
+    Raises:
+        UsageError: both or neither, or an option of the other one.
+    """
+    if (args.artifact is None) == (args.url is None):
+        raise UsageError("intaglio loadgen wants one of ARTIFACT, a folder made by intaglio build, and --url URL")
+    for name in REMOTE if args.url is None else LOCAL:
+        if getattr(args, name) is not None:
+            word = "--url URL" if args.url is None else "ARTIFACT"
+            raise UsageError(f"--{name.replace('_', '-')} is an option of {word}, which is not given")
+    return local if args.url is None else remote
+
+
 def run_scenario(args: argparse.Namespace) -> int:
     """Run one scenario and print its metric; 0 if LoadGen calls the run VALID and its clock agrees with ours, else 1.
 
     Raises:
-        ToolError: a value is not allowed, LoadGen is not installed, or the pipeline fails, see `measure`.
+        ToolError: a value is not allowed, LoadGen is not installed, or the pipeline or server fails, see `measure`.
     """
     from intaglio.bench.machine import fingerprint
-    from intaglio.runtimes.pipeline import load
 
+    place = place_of(args)
     rules, prompts = read_rules(args.profile, args.scenario, args.set), read_prompts(args.prompts)
     rules.check_prompts(len(prompts))
     if args.target_qps is not None and not 0 < args.target_qps < math.inf:
@@ -162,22 +237,14 @@ def run_scenario(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.exists():
         raise UsageError(f"{args.output} exists; choose another name")
     need("mlperf_loadgen", extra="bench")
-    pipeline = load(args.artifact, backend=args.backend, device=args.device, threads=args.threads)
-    try:
-        subject = subject_of(pipeline, steps=args.steps, seed=args.seed)
-        with output_folder(args.output) as folder:
-            with progress(args.scenario) as tell:
-                report = measure(args.scenario, rules, prompts, subject, folder, target_qps=args.target_qps, tell=tell)
-            made = pipeline.artifact.manifest
-            report["artifact"] = {"name": made.name, "family": made.family, "digest": made.digest}
-            steps = args.steps or made.settings["num_inference_steps"]
-            report["ran"] = {key: getattr(args, key) for key in ("backend", "device", "threads", "seed")}
-            report["ran"]["steps"] = steps
-            report["machine"] = fingerprint()
-            text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-            (folder / REPORT).write_text(text, encoding="utf-8")
-    finally:
-        pipeline.close()
+    with place(args) as found, output_folder(args.output) as folder:
+        with progress(args.scenario) as tell:
+            report = measure(
+                args.scenario, rules, prompts, found.subject, folder, target_qps=args.target_qps, tell=tell
+            )
+        report |= {"artifact": dict(found.artifact), "ran": dict(found.ran), "machine": fingerprint()}
+        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (folder / REPORT).write_text(text, encoding="utf-8")
     print(text if args.json else table(report), end="")
     return verdict(report)
 

@@ -74,7 +74,7 @@ SCENARIOS = {
         *("s", PERCENTILE_LINE, "multi_stream_expected_latency_ns", 2.0, True),
     ),
     "offline": Scenario(
-        "Offline", "samples a second", *("1/s", "result_samples_per_second", "offline_expected_qps", 1.5, True)
+        "Offline", "samples a second", *("1/s", "result_samples_per_second", "offline_expected_qps", 2.0, True)
     ),
     "server": Scenario(
         "Server",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -27,9 +28,9 @@ class FileRecord:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything the runtime needs to know, deterministic for the same inputs.
+    """Everything the runtime needs to know, deterministic for the same inputs; nothing in it is ever changed.
 
     `dtypes` are compute dtypes by target and component; `licence` is what the checkpoint says about itself.
     `settings` are the family's sampling constants (latent channels, VAE scale, defaults); `engines` names files
@@ -54,7 +55,7 @@ class Manifest:
         """Canonical JSON, the bytes that are written and digested."""
         return (json.dumps(to_dict(self), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
-    @property
+    @functools.cached_property  # every picture that is served names it, and there are thousands of records
     def digest(self) -> str:
         """sha256 of the canonical JSON."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

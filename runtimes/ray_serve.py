@@ -122,7 +122,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         """The same application as ``intaglio serve``'s; Ray asks for it after ``__init__`` and runs its lifespan."""
         from intaglio.runtimes.serve_app import make_app
-        from intaglio.runtimes.serve_guard import Keys
+        from intaglio.runtimes.serve_keys import Keys
         from intaglio.runtimes.serve_limits import Limits
 
         keys, limits = Keys(self.args.api_key_file), Limits(parse_assignments(self.args.limit))

@@ -11,6 +11,7 @@ from intaglio.runtimes.serve_pace import Work, total
 from intaglio.runtimes.serve_queue import PRIORITIES
 
 if TYPE_CHECKING:
+    from intaglio.runtimes.sampling import Request
     from intaglio.runtimes.serve_hub import Hub
     from intaglio.runtimes.serve_model import Model
     from intaglio.runtimes.serve_ticket import Order
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 CAUTION = 1.25  # on what is ahead: later ones share calls with a picture, and take some of its time
 
 
-def checked(model: Model, order: Order) -> Work:
-    """The work of one picture of an order.
+def checked(model: Model, order: Order) -> Request:
+    """One picture of an order, as the family takes it.
 
     Raises:
         BadRequest: the family, or this artifact, cannot do it.
@@ -30,11 +31,9 @@ def checked(model: Model, order: Order) -> Work:
         if isinstance(value, float) and not math.isfinite(value):
             raise BadRequest(f"{name} is not a finite number", param=name)
     try:
-        request = model.reader.request(order.prompt, **order.parameters)
+        return model.reader.request(order.prompt, **order.parameters)
     except ToolError as error:
         raise BadRequest(without_paths(str(error), model.settings.folder)) from error
-    steps = request.num_inference_steps
-    return Work(steps, request.width * request.height * steps)
 
 
 def check_time(hub: Hub, model: Model, order: Order, work: Work, limit: float) -> None:

@@ -17,8 +17,9 @@ from intaglio import __version__
 from intaglio.profiles.errors import ToolError
 from intaglio.profiles.registry import resolve
 from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError, without_paths
-from intaglio.runtimes.serve_guard import Guard, Keys, shaped
+from intaglio.runtimes.serve_guard import Guard, shaped
 from intaglio.runtimes.serve_hub import Hub
+from intaglio.runtimes.serve_keys import Keys
 from intaglio.runtimes.serve_limits import Limits
 from intaglio.runtimes.serve_room import Protocol, Room
 

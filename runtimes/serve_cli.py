@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     uvicorn = need("uvicorn", extra="serve")
     from intaglio.runtimes.serve_app import make_app
     from intaglio.runtimes.serve_connection import connection_class
-    from intaglio.runtimes.serve_guard import Keys
+    from intaglio.runtimes.serve_keys import Keys
     from intaglio.runtimes.serve_limits import Limits
 
     if not 0 <= args.drain < math.inf:

@@ -83,22 +83,23 @@ class Cancelled(ServeError):
     status, code = 499, "cancelled"
 
 
-class Busy(ServeError):
+class Later(ServeError):
+    """Another time it may be done; `seconds` from now, says ``Retry-After``."""
+
+    def __init__(self, message: str, *, seconds: float = 2) -> None:
+        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+
+
+class Busy(Later):
     """The queue is full, or what waits in it would take longer than the deadline."""
 
     status, code = 429, "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, seconds: float) -> None:
-        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
-
-class Lost(ServeError):
+class Lost(Later):
     """The worker died, hung, or is being started again."""
 
     status, code = 503, "worker_lost"
-
-    def __init__(self, message: str, *, seconds: float = 2) -> None:
-        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
 class Late(ServeError):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from intaglio.profiles.errors import UsageError
 from intaglio.runtimes.serve_errors import BadRequest, Forbidden, Lost, ServeError, TooLarge, Unauthorized, WrongMedia
+from intaglio.runtimes.serve_keys import Keys
 from intaglio.runtimes.serve_limits import Limits
 from intaglio.runtimes.serve_process import log_defect
 from intaglio.runtimes.serve_room import Protocol, as_json
@@ -32,7 +27,6 @@ OPEN = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})  
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 SINGLE = frozenset({"host", "origin", "authorization", "content-type", "content-length", "transfer-encoding"})
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
-SHORTEST_KEY = 16
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -40,63 +34,6 @@ HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
-
-
-class Keys:
-    """API keys, kept as digests; each has a name, by which its owner's turns are counted.
-
-    Lines of the file are ``NAME:KEY`` or ``KEY``; empty ones and those that begin with ``#`` do not count.
-
-    Raises:
-        UsageError: the file cannot be read, has no key, or one that is short.
-    """
-
-    def __init__(self, file: str | Path | None) -> None:
-        self.names: dict[bytes, str] = {}
-        if file is None:
-            return
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--api-key-file {file} cannot be read; name a text file with a key a line") from error
-        for number, line in enumerate(lines, 1):
-            text = line.strip()
-            if not text or text.startswith("#"):
-                continue
-            name, colon, key = text.rpartition(":")
-            if len(key) < SHORTEST_KEY:
-                raise UsageError(
-                    f"--api-key-file {file}, line {number}: a key of {len(key)} characters; "
-                    f"allowed: {SHORTEST_KEY} or more"
-                )
-            if not key.isascii() or not key.isprintable() or " " in key:
-                raise UsageError(
-                    f"--api-key-file {file}, line {number}: a key has ASCII characters only, and no spaces"
-                )
-            self.names[hashlib.sha256(key.encode()).digest()] = name if colon else f"key {number}"
-        if not self.names:
-            raise UsageError(f"--api-key-file {file} has no key; write one a line")
-
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
-    def owner(self, authorization: str) -> str | None:
-        """Whose key an ``Authorization`` header has: ``Bearer KEY``, or ``Basic`` with the key as the password."""
-        scheme, _, value = authorization.partition(" ")
-        key = value.strip()
-        if scheme.lower() == "basic":
-            try:
-                key = base64.b64decode(key, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
-                return None
-        elif scheme.lower() != "bearer":
-            return None
-        given = hashlib.sha256(key.encode()).digest()
-        found = None
-        for digest, name in self.names.items():  # all of them: the time says nothing about which
-            if hmac.compare_digest(given, digest):
-                found = name
-        return found
 
 
 class Guard:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from intaglio.profiles.registry import suggestion
 from intaglio.runtimes.serve_admission import check_time, checked, make_places
 from intaglio.runtimes.serve_errors import BadRequest, Lost, NotFound, ServeError
 from intaglio.runtimes.serve_model import Model, ModelSettings
+from intaglio.runtimes.serve_pace import Work
 from intaglio.runtimes.serve_process import log_defect
 from intaglio.runtimes.serve_queue import FairQueue
 from intaglio.runtimes.serve_ticket import Job, Order, Ticket
@@ -151,15 +151,16 @@ class Hub:
         model = self.model(order.model)
         if self.draining:
             raise Lost("the server is about to end; ask another one", seconds=30)
-        work = checked(model, order)
-        ident = order.ident or uuid.uuid4().hex
-        if ident in self.tickets:
-            raise BadRequest(f"request id {ident!r} is under way already")
+        request = checked(model, order)
+        if order.ident in self.tickets:
+            raise BadRequest(f"request id {order.ident!r} is under way already")
+        steps = request.num_inference_steps
+        work = Work(steps, request.width * request.height * steps)
         limit = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
         check_time(self, model, order, work, limit)
         make_places(self, model, order)
-        ticket = Ticket(ident, order, model, arrival + limit, self)
-        self.tickets[ident] = ticket
+        ticket = Ticket(order, request, model, arrival + limit, self)
+        self.tickets[ticket.ident] = ticket
         self.tally.accepted += 1
         self.tell("accepted", ticket=ticket)
         for job in ticket.make_jobs(work):

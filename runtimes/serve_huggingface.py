@@ -14,12 +14,12 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from intaglio.runtimes.picture_files import PICTURE_FORMATS
 from intaglio.runtimes.sampling import LARGEST_SEED
 from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES
 from intaglio.runtimes.serve_errors import ServeError
 from intaglio.runtimes.serve_room import Protocol, Room, Wish
 from intaglio.runtimes.serve_ticket import Picture
-from intaglio.runtimes.serve_worker import PICTURE_FORMATS
 
 # Media types of `Accept` -> how pictures are written; the first that fits is taken where several are as welcome.
 FORMS = {f"image/{form}": form for form in PICTURE_FORMATS}

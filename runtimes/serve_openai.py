@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import inspect
 import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from intaglio.profiles.errors import ToolError
-from intaglio.runtimes.pipeline import Pipeline
+from intaglio.runtimes.picture_files import QUALITY
 from intaglio.runtimes.sampling import LARGEST_SEED
 from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError
 from intaglio.runtimes.serve_hub import facts_of
@@ -28,7 +27,6 @@ from intaglio.runtimes.serve_model import Model
 from intaglio.runtimes.serve_room import Protocol, Room, Wish, as_json
 from intaglio.runtimes.serve_stream import EventStream
 from intaglio.runtimes.serve_ticket import Picture, Ticket
-from intaglio.runtimes.serve_worker import QUALITY
 
 MOST_PARTIAL_IMAGES = 3
 NO_TOKENS = {
@@ -40,7 +38,6 @@ NO_TOKENS = {
 # The word that OpenAI's clients sort errors by, where it is not "server_error".
 ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 Scalar = str | int | float | bool
-RESERVED = frozenset(inspect.signature(Pipeline.request).parameters)  # what every family's requests have
 
 
 class ImageRequest(BaseModel):
@@ -74,11 +71,6 @@ def wish_of(body: ImageRequest) -> Wish:
     Raises:
         BadRequest: fields that do not go together.
     """
-    for name in body.parameters or ():
-        if name in RESERVED:
-            raise BadRequest(
-                f"parameters.{name} is none of the family's; it has a field of its own", param="parameters"
-            )
     size = body.size or "auto"
     width, height = (None, None) if size == "auto" else map(int, size.split("x"))
     form = body.output_format or "png"

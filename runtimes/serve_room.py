@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.runtimes.infotext import infotext
+from intaglio.runtimes.picture_files import PICTURE_FORMATS, QUALITY
 from intaglio.runtimes.schedulers import default_name
 from intaglio.runtimes.serve_errors import BadRequest, ServeError
 from intaglio.runtimes.serve_hub import Hub
 from intaglio.runtimes.serve_limits import Limits
 from intaglio.runtimes.serve_queue import PRIORITIES
 from intaglio.runtimes.serve_ticket import Order, Picture, Ticket
-from intaglio.runtimes.serve_worker import PICTURE_FORMATS, QUALITY
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -67,7 +67,6 @@ class Wish:
     compression: int = QUALITY
     previews: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    latents: bool = False
 
 
 class Room:
@@ -132,7 +131,6 @@ class Room:
             priority=priority_of(request),
             deadline=deadline_of(request, self.hub.settings.deadline),
             texts=texts,
-            latents=wish.latents,
         )
 
     def guidance(self, sampler: Any, wish: Wish) -> dict[str, Any]:

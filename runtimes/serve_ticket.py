@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import time
 import uuid
@@ -15,6 +16,7 @@ from intaglio.runtimes.serve_pace import Work
 from intaglio.runtimes.serve_process import log_defect
 
 if TYPE_CHECKING:
+    from intaglio.runtimes.sampling import Request
     from intaglio.runtimes.serve_hub import Hub
     from intaglio.runtimes.serve_model import Model
     from intaglio.runtimes.serve_process import Process
@@ -35,7 +37,6 @@ class Order:
         client: who asks; turns are theirs.
         priority: a value of PRIORITIES.
         deadline: seconds from arrival; ``None``: the server's.
-        latents: whether the final latents come with the pictures, float32.
     """
 
     prompt: str
@@ -50,7 +51,6 @@ class Order:
     priority: int = NORMAL
     deadline: float | None = None
     ident: str = ""
-    latents: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,6 @@ class Picture:
     seconds: Mapping[str, float]
     parameters: Mapping[str, Any]
     warnings: tuple[str, ...]
-    latents: bytes = b""
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +115,6 @@ class Job:
             "compression": order.compression,
             "texts": dict(order.texts(self.seed)),
             "previews": [max(0, step) for step in shown] if self.index == 0 else [],
-            "latents": order.latents,
         }
 
     def heard(self, event: dict[str, Any], blobs: list[bytes]) -> None:
@@ -139,13 +137,15 @@ class Ticket:
         error: why it ended without pictures.
     """
 
-    def __init__(self, ident: str, order: Order, model: Model, deadline: float, hub: Hub) -> None:
-        self.ident, self.order, self.model, self.deadline, self.hub = ident, order, model, deadline, hub
+    def __init__(self, order: Order, request: Request, model: Model, deadline: float, hub: Hub) -> None:
+        self.ident = order.ident or uuid.uuid4().hex
+        self.order, self.model, self.deadline, self.hub = order, model, deadline, hub
         self.arrival = time.monotonic()
-        self.timer = asyncio.get_running_loop().call_later(deadline - self.arrival, self.expire)
+        # In no context: the request's leads back here, and the loop keeps cancelled timers until they are due.
+        alone = contextvars.Context()
+        self.timer = asyncio.get_running_loop().call_later(deadline - self.arrival, self.expire, context=alone)
         self.begun: float | None = None
         self.over: float | None = None
-        request = model.reader.request(order.prompt, **order.parameters)
         self.steps, self.size = request.num_inference_steps, (request.width, request.height)
         self.jobs: dict[int, Job] = {}
         self.pictures: dict[int, Picture] = {}
@@ -205,7 +205,6 @@ class Ticket:
             seconds=event["seconds"],
             parameters=event["parameters"],
             warnings=tuple(event["warnings"]),
-            latents=blobs[1] if len(blobs) > 1 else b"",
         )
         self.hub.tally.pictures += 1
         self.hub.tell("picture", ticket=self, picture=self.pictures[job.index])
@@ -221,6 +220,7 @@ class Ticket:
         self.events.put_nowait(None)
         self.hub.over(*self.jobs.values())
         self.hub.ended(self, outcome)
+        self.jobs.clear()  # each names the ticket: the pictures of both would wait for the garbage collector
 
     def fail(self, error: ServeError) -> None:
         """End it without pictures."""

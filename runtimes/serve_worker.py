@@ -5,14 +5,13 @@ The first is ``load``; then ``run``, ``cancel``, ``finish``, ``preview`` of a re
 ends the process when the last request has ended. It also ends when stdin does, which is when the server has died.
 
 Events: ``loaded`` or ``failed``; ``seen`` (a request is looked at from here on), ``step``, ``preview`` (a PNG),
-``done`` (the pictures) or ``error`` of a request; ``pulse`` after every round and once a second when there is nothing
-to do, which is what the watchdog waits for.
+``done`` (the pictures) or ``error`` of a request; ``pulse`` after rounds that were not told of
+otherwise and once a second when there is nothing to do: to hear something is what the watchdog waits for.
 """
 
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import queue
 import re
@@ -27,10 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from intaglio.profiles.errors import NumericsError, ToolError, Unsupported, UsageError
-from intaglio.profiles.registry import pick, resolve
+from intaglio.profiles.registry import resolve
 from intaglio.runtimes.batching import Batcher, Outcome
 from intaglio.runtimes.embedding_cache import EmbeddingCache
 from intaglio.runtimes.infotext import stopped
+from intaglio.runtimes.picture_files import picture_bytes
 from intaglio.runtimes.previews import DECODERS, PREVIEW
 from intaglio.runtimes.serve_errors import without_paths
 from intaglio.runtimes.serve_wire import packed, read
@@ -41,10 +41,7 @@ if TYPE_CHECKING:
     from intaglio.runtimes.sampling import StepEvent
 
 LOADER = "intaglio.runtimes.pipeline:load"
-PULSE_SECONDS = 1.0
-# How pictures are written: (Pillow's name, whether ``compression`` 0 to 100 is its quality).
-PICTURE_FORMATS = {"png": ("PNG", False), "jpeg": ("JPEG", True), "webp": ("WEBP", True)}
-QUALITY = 95
+PULSE_SECONDS, BUSY_SECONDS = 1.0, 0.25  # between pulses: at rest, and while events of requests say as much
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NO_MEMORY = re.compile(r"bad.?alloc|out of memory|failed to allocate|cannot allocate memory", re.IGNORECASE)
 # Errors by kind: the client's, the checkpoint's, the machine's; everything else is a defect.
@@ -55,25 +52,6 @@ KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MemoryError, "memory"),
     (ToolError, "engine"),
 )
-
-
-def picture_bytes(image: Image, form: str, compression: int, texts: Mapping[str, str]) -> bytes:
-    """A picture as the bytes of a file; PNG carries `texts`.
-
-    Raises:
-        UsageError: the format is unknown.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    name, lossy = pick(PICTURE_FORMATS, form, "output_format")
-    target, options = io.BytesIO(), {"quality": compression} if lossy else {}
-    if name == "PNG" and texts:
-        info = PngInfo()
-        for key, value in texts.items():
-            info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
-        options = {"pnginfo": info}  # type: ignore[dict-item]
-    image.save(target, name, **options)
-    return target.getvalue()
 
 
 def said(error: BaseException, folder: str = "") -> tuple[str, str]:
@@ -114,6 +92,7 @@ class Worker:
         self.wishes: dict[str, dict[str, Any]] = {}
         self.noted: dict[str, list[str]] = {}
         self.stopping, self.folder = False, ""
+        self.told, self.pulsed = 0, 0.0  # events so far; when the last pulse was
 
     def tell(self, event: str, blobs: Sequence[bytes] = (), **fields: Any) -> None:
         """Send an event."""
@@ -121,6 +100,7 @@ class Worker:
         with self.lock:
             self.out.write(data)
             self.out.flush()
+        self.told += 1
 
     def load(self, message: Mapping[str, Any]) -> None:
         """Load the artifact; ``facts`` are what the server wants to know of it."""
@@ -197,8 +177,6 @@ class Worker:
             self.print_error(error)
             self.tell("error", id=outcome.ident, kind=kind, message=text, warnings=notes)
             return
-        if wish.get("latents"):
-            blobs.append(result.latents.astype("<f4").tobytes())
         parameters = {k: v for k, v in result.parameters.items() if k not in ("prompt", "negative_prompt")}
         self.tell(
             "done", blobs, id=outcome.ident, seconds=result.seconds, parameters=parameters, warnings=notes,
@@ -216,6 +194,8 @@ class Worker:
         self.batcher.cancel(message["id"])
         self.wishes.pop(message["id"], None)
         self.noted.pop(message["id"], None)
+        if not len(self.batcher):
+            self.pulse()
 
     def finish(self, message: Mapping[str, Any]) -> None:
         """End a request after its next step."""
@@ -252,11 +232,19 @@ class Worker:
         self.encoder.shutdown(wait=True)
 
     def advance(self) -> None:
-        """One round, and a pulse."""
+        """One round, and a pulse, which a round may lack that was told of otherwise: each wakes the server."""
         if self.batcher is None:
             return
+        told = self.told
         for outcome in self.batcher.advance() if len(self.batcher) else ():
             self.ended(outcome)
+        if self.told == told or not len(self.batcher) or time.monotonic() - self.pulsed > BUSY_SECONDS:
+            self.pulse()
+
+    def pulse(self) -> None:
+        """Tell what the batcher has done so far."""
+        assert self.batcher is not None
+        self.pulsed = time.monotonic()
         cache = self.batcher.cache
         facts = {"calls": self.batcher.calls, "rows": self.batcher.rows_run, "running": len(self.batcher)}
         self.tell("pulse", (), **facts, cache_hits=cache.hits, cache_misses=cache.misses, cache_bytes=cache.held)

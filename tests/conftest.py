@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fcntl
 import os
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 from partial import QUICK
 
-CACHE = "INTAGLIO_TEST_CACHE"  # a temporary folder of the session; subprocesses inherit it
+CACHE = "INTAGLIO_TEST_CACHE"  # a temporary folder of this process; subprocesses inherit it
+SHARED = "INTAGLIO_TEST_SHARED"  # one of all processes of a run, for what takes long to make; see `shared`
 ROOMS = ("profiles", "runtimes", "quantize", "exporters", "bench")
 seconds: collections.Counter[str] = collections.Counter()
 
@@ -28,14 +30,35 @@ def pytest_configure(config):
     # Tiny models gain nothing from threads, and torch reads this when it is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[CACHE] = tempfile.mkdtemp(prefix="intaglio-tests-")
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist has its controller's
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="intaglio-shared-")
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):  # nothing of these tests in the user's own
         os.environ[name] = os.environ[CACHE]
+    graphs = Path(os.environ[SHARED], "graphs")  # most of a build's time is torch's tracing of the module
+    graphs.mkdir(exist_ok=True)
+    Path(os.environ[CACHE], "intaglio").mkdir()
+    Path(os.environ[CACHE], "intaglio/graphs").symlink_to(graphs)
     os.environ["INTAGLIO_BUILD_CACHE"] = "0"  # tests of builds are to build; tests/test_build_cache.py has its own
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
+
+
+def shared(name, make):
+    """A folder of a name: the first process that wants it has ``make(folder)`` make it, the others wait for that."""
+    folder = Path(os.environ[SHARED]) / name
+    done = folder.with_name(f"{name}.done")
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            make(folder)
+            done.touch()
+    return folder
 
 
 def pytest_collection_modifyitems(items):
@@ -71,36 +94,38 @@ def pytest_sessionfinish(session):
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
+def tiny_checkpoint():
     """A random StableDiffusionPipeline folder. Tests that change files change a copy."""
     import tiny
 
-    return tiny.stable_diffusion(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return shared("tiny", tiny.stable_diffusion)
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_checkpoint, tmp_path_factory):
+def tiny_artifact(tiny_checkpoint):
     """Its artifact in float32 for ONNX Runtime and OpenVINO; about half a minute, once a session."""
-    return built(tiny_checkpoint, tmp_path_factory.mktemp("artifact") / "fp32", {})
+    return opened(shared("fp32", lambda folder: built(tiny_checkpoint, folder, {})))
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact_int8(tiny_artifact, tmp_path_factory):
+def tiny_artifact_int8(tiny_artifact):
     """The same with int8 weights: derived, which gives the codes of a build (tests/test_quantize.py)."""
     import json
 
     from intaglio.exporters.derive import derive
-    from intaglio.profiles.artifact import BUILD_LOG, MANIFEST, SUMS, Artifact, seal
+    from intaglio.profiles.artifact import BUILD_LOG, MANIFEST, SUMS, seal
     from intaglio.profiles.recipe import ComponentRecipe
 
-    recipe = ComponentRecipe(format="int8", activations="exact")
-    recipes = dict.fromkeys(tiny_artifact.manifest.components, recipe)
-    folder = tmp_path_factory.mktemp("artifact") / "int8"
-    made = derive(tiny_artifact, folder, recipes, {}, targets=("onnx", "openvino"))
-    log = json.loads((folder / BUILD_LOG).read_text())
-    for name in (MANIFEST, BUILD_LOG, SUMS):
-        (folder / name).unlink()
-    return Artifact(folder=folder, manifest=seal(folder, made.manifest, log))
+    def make(folder):
+        recipe = ComponentRecipe(format="int8", activations="exact")
+        recipes = dict.fromkeys(tiny_artifact.manifest.components, recipe)
+        made = derive(tiny_artifact, folder, recipes, {}, targets=("onnx", "openvino"))
+        log = json.loads((folder / BUILD_LOG).read_text())
+        for name in (MANIFEST, BUILD_LOG, SUMS):
+            (folder / name).unlink()
+        seal(folder, made.manifest, log)
+
+    return opened(shared("int8", make))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +150,10 @@ def cli_build(tiny_checkpoint, tiny_artifact, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def built_case(tmp_path_factory):
+def built_case():
     """A case of ``tiny.CASES`` by name, built for ONNX Runtime and OpenVINO once a session; see ``families.Built``."""
     import tiny
-    from families import Built, artifact_key
+    from families import Built, artifact_key, build_case
 
     held = {}
 
@@ -136,7 +161,9 @@ def built_case(tmp_path_factory):
         case = tiny.CASES[name]
         key = artifact_key(case)
         if key not in held:
-            held[key] = Built(case, tmp_path_factory.mktemp("family"), ("openvino",), QUICK)
+            first = next(name for name, other in tiny.CASES.items() if artifact_key(other) == key)
+            folder = shared(f"case {first}", lambda folder: build_case(case, folder, ("openvino",), QUICK))
+            held[key] = Built(case, folder)
         return held[key]
 
     yield made
@@ -152,6 +179,12 @@ def tiny_artifact_tensorrt(tiny_checkpoint, tmp_path_factory):
 
     folder, options = tmp_path_factory.mktemp("artifact") / "trt", {**QUICK, "tensorrt.sm": present_gpu() or ""}
     return build(tiny_checkpoint, folder, targets=("tensorrt",), dtype=["tensorrt=fp32"], options=options)
+
+
+def opened(folder):
+    from intaglio.profiles.artifact import Artifact
+
+    return Artifact.open(folder)
 
 
 def built(checkpoint, folder, quant):
@@ -214,9 +247,9 @@ def intaglio(capsys):
 
 
 @pytest.fixture(scope="session")
-def emoji_artifact(tmp_path_factory):
+def emoji_artifact():
     """The embedded checkpoint in float32 for ONNX Runtime and OpenVINO; about a minute, once a session."""
-    return built("emoji", tmp_path_factory.mktemp("artifact") / "emoji", {})
+    return opened(shared("emoji", lambda folder: built("emoji", folder, {})))
 
 
 def tree(folder):

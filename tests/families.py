@@ -25,6 +25,7 @@ STEPS, SEED = 4, 11
 PROMPT = "a red cat on the moon 红心"
 PROMPTS = ("a red heart", "the moon, a blue car, a cat face, 月亮 and a star on the red car")
 BACKENDS = ("onnxruntime", "openvino")
+CHECKPOINT, BUILT = "checkpoint", "built"
 Key = tuple[Any, ...]
 
 
@@ -47,18 +48,20 @@ def by_artifact(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: keys.index(artifact_key(tiny.CASES[name])))
 
 
+def build_case(case: Case, folder: Path, targets: tuple[str, ...], options: dict[str, str]) -> None:
+    """A case's checkpoint and artifact, in `folder`."""
+    from intaglio.exporters.build import build
+
+    family = {f"{case.family}.{k}": v for k, v in case.options.items()}
+    build(case.checkpoint(folder / CHECKPOINT), folder / BUILT, targets=targets, options={**family, **options})
+
+
 class Built:
-    """A checkpoint, its artifact and diffusers' pipeline on it."""
+    """What `build_case` made in a folder, and diffusers' pipeline on it."""
 
-    def __init__(self, case: Case, folder: Path, targets: tuple[str, ...], options: dict[str, str]) -> None:
-        from intaglio.exporters.build import build
-
-        self.checkpoint = case.checkpoint(folder / "checkpoint")
-        family = {f"{case.family}.{k}": v for k, v in case.options.items()}
-        self.artifact: Artifact = build(
-            self.checkpoint, folder / "built", targets=targets, options={**family, **options}, force=True
-        )
-        self.case = case
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.checkpoint = case, folder / CHECKPOINT
+        self.artifact = Artifact.open(folder / BUILT)
         self.loaded: dict[str, Pipeline] = {}
 
     @functools.cached_property

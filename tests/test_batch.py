@@ -180,6 +180,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_like_one_that_was_not(batch,
     (tmp_path / "requests.jsonl").write_text(lines(*entries))
     process, folder = started(tmp_path, tiny_artifact.folder, "out", "--concurrency", "1"), tmp_path / "out"
     wait_for_lines(process, folder / "results.partial.jsonl", 3)
+    process.send_signal(signal.SIGSTOP)  # or it may end before the second one has begun
     second = started(tmp_path, tiny_artifact.folder, "out")
     assert "another batch writes into" in second.communicate()[1]
     assert second.returncode == 2

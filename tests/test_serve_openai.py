@@ -339,6 +339,7 @@ def test_a_stream_whose_worker_dies_raises_what_happened(server, client):
     import psutil
 
     stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body=LONG)
+    next(stream)  # before its first step the next worker would take it, and nothing would be lost
     for child in psutil.Process(server.process.pid).children():
         child.kill()
     with pytest.raises(openai.APIError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import gc
 import itertools
@@ -377,3 +378,25 @@ def test_who_counts_wrongly_stops_nobodys_picture(run):
             hub.listeners.remove(broken)
 
     assert len(run(work)) == 1
+
+
+def test_what_was_made_is_gone_with_its_last_reader(live):
+    """Not when the garbage collector comes by, or at the deadline: a thousand large pictures may wait by then."""
+    current = contextvars.ContextVar("current")
+
+    async def request():
+        ticket = live.hub.submit(order())
+        current.set({"ticket": ticket})  # as frameworks do, which keep a request in the context it runs in
+        assert len(await ending(ticket)) == 1
+        return weakref.ref(ticket)
+
+    async def work():
+        gone = await asyncio.create_task(request())
+        await asyncio.sleep(0.1)
+        return gone()
+
+    gc.disable()
+    try:
+        assert live.run(work()) is None
+    finally:
+        gc.enable()
