@@ -224,21 +224,19 @@ def state_zero_points(model: ir.Model) -> None:
     """Give int8 weights that are decoded the zero point 0 of each channel.
 
     The setting that keeps products exact on processors without VNNI moves all int8 weights to uint8, and ONNX Runtime
-    1.31 invents a scalar zero point for those that have none, which it then refuses.
+    1.31 invents a scalar zero point for those that have none, which it then refuses. It writes each one anew under a name
+    made of the old one and refuses a second of that name, so that no two weights share theirs.
     """
-    for node in [n for n in model.graph if n.op_type == "DequantizeLinear"]:
+    for index, node in enumerate([n for n in model.graph if n.op_type == "DequantizeLinear"]):
         codes = node.inputs[0]
         if len(node.inputs) > 2 or codes is None or codes.const_value is None or codes.dtype != ir.DataType.INT8:
             continue
         if node.inputs[1].shape == ():  # one scale: the scalar it invents is right
             continue
         channels = int(codes.const_value.shape[node.attributes.get_int("axis", 1)])
-        name = f"onnxruntime.zeros_{channels}"
-        zeros = model.graph.initializers.get(name)
-        if zeros is None:
-            zeros = register(model, name, ir.tensor(np.zeros(channels, np.int8), name=name))
+        name = f"onnxruntime.zeros_{index}"
         node.resize_inputs(3)
-        node.replace_input_with(2, zeros)
+        node.replace_input_with(2, register(model, name, ir.tensor(np.zeros(channels, np.int8), name=name)))
 
 
 def _bias(node: ir.Node, value: ir.Value, channels: int) -> ir.Value | None:

@@ -228,6 +228,10 @@ def _named(node: Any, weights: Mapping[str, int], decoded: Mapping[str, Any]) ->
 
 
 def _type_name(dtype: int) -> str:
-    """The name of an ONNX data type: ``int8``, ``float8e4m3fn``."""
+    """The name of an ONNX data type: ``int8``, ``float8e4m3fn``.
+
+    ``PRECISE_KEY`` moves int8 codes to uint8 with a zero point of 128: int8 all the same.
+    """
     onnx = need("onnx", extra="export")
-    return str(onnx.TensorProto.DataType.Name(dtype)).lower()
+    name = str(onnx.TensorProto.DataType.Name(dtype)).lower()
+    return "int8" if name == "uint8" else name

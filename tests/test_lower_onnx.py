@@ -290,16 +290,21 @@ def test_convolutions(case, name, tmp_path, random):
 def test_a_depthwise_convolution_keeps_float_arithmetic_on_rounded_inputs(tmp_path, random, monkeypatch):
     x, waist = random.standard_normal((2, 16, 9, 9), dtype=np.float32), Waist()
     dequantized, decoded = waist.weight(random.standard_normal((16, 1, 3, 3), dtype=np.float32), "w8a8", axis=0)
-    more, pointwise = waist.weight(random.standard_normal((128, 16, 1, 1), dtype=np.float32), "int8", axis=0)
-    middle = waist.node("Conv", waist.static("x"), dequantized, group=16, kernel_shape=(3, 3))
-    component = Component(tmp_path, waist, waist.node("Conv", middle, more), x, "static")
+    shapes = (128, 16, 1, 1), (128, 128, 1, 1)  # as many channels twice: what stands for them is not to be shared
+    later = [waist.weight(random.standard_normal(s, dtype=np.float32), "int8", axis=0) for s in shapes]
+    output = waist.node("Conv", waist.static("x"), dequantized, group=16, kernel_shape=(3, 3))
+    for more, _ in later:
+        output = waist.node("Conv", output, more)
+    component = Component(tmp_path, waist, output, x, "static")
     import torch
 
     wanted = torch.nn.functional.conv2d(torch.from_numpy(fake(x)), torch.from_numpy(decoded), groups=16)
-    wanted = torch.nn.functional.conv2d(wanted, torch.from_numpy(pointwise)).numpy()
+    for _, pointwise in later:
+        wanted = torch.nn.functional.conv2d(wanted, torch.from_numpy(pointwise))
+    wanted = wanted.numpy()
     assert error(component.run(x), wanted) < EXACT
     late = "Conv float32, int8 weights decoded on every call"
-    assert component.executed() == {late: 2, "DequantizeLinear of activations": 1}
+    assert component.executed() == {late: 3, "DequantizeLinear of activations": 1}
     monkeypatch.setattr(engine_onnxruntime, "CPU_FACTS", tmp_path / "nowhere")  # any x64 processor
     assert error(component.run(x), wanted) < EXACT
 
