@@ -224,8 +224,8 @@ def state_zero_points(model: ir.Model) -> None:
     """Give int8 weights that are decoded the zero point 0 of each channel.
 
     The setting that keeps products exact on processors without VNNI moves all int8 weights to uint8, and ONNX Runtime
-    1.31 invents a scalar zero point for those that have none, which it then refuses. It writes each one anew under a name
-    made of the old one and refuses a second of that name, so that no two weights share theirs.
+    1.31 invents a scalar zero point for those that have none, which it then refuses. It writes each one anew under a
+    name made of the old one and refuses a second of that name, so that no two weights share theirs.
     """
     for index, node in enumerate([n for n in model.graph if n.op_type == "DequantizeLinear"]):
         codes = node.inputs[0]
