@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import platform
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from intaglio.profiles.errors import ToolError, Unsupported, UsageError
 from intaglio.profiles.registry import need
 from intaglio.profiles.spec import ComponentRecord
 from intaglio.runtimes.engine import EngineOptions, check_feeds, refuse_leftovers
+from intaglio.runtimes.processor import products_saturate
 
 GRAPH = "model.onnx"
 LOWERED = "model.onnxruntime.onnx"  # for the CPU; written where model.onnx as it is would fail or be slow there
@@ -27,7 +27,6 @@ LOG_ERRORS = 3
 # MatMulNBits: 1 computes in float32, 4 quantizes activations to int8 in blocks of a row (45 dB; the CPU's default).
 ACCURACY = {"exact": "1", "static": "1", "dynamic-per-token": "4"}
 ACCURACY_KEY, PRECISE_KEY = "session.qdq_matmulnbits_accuracy_level", "session.x64quantprecision"
-CPU_FACTS, X64, DOT_PRODUCTS = Path("/proc/cpuinfo"), ("x86_64", "AMD64"), {"avx512_vnni", "avx_vnni"}
 PRODUCTS = {"MatMul": "MatMul", "FusedMatMul": "MatMul", "Gemm": "MatMul", "Conv": "Conv", "FusedConv": "Conv"}
 CODED = {
     "MatMulIntegerToFloat": "MatMulIntegerToFloat, int8 x int8",
@@ -119,16 +118,6 @@ def _load(ort: Any, path: Path, settings: Any, provider: str, provider_options: 
         return ort.InferenceSession(str(path), settings, providers=[(provider, provider_options)])
     except Exception as error:  # onnxruntime raises its own C++ exception types, all derived from Exception
         raise ToolError(f"ONNX Runtime cannot load {path} on {device}: {' '.join(str(error).split())}") from error
-
-
-def products_saturate() -> bool:
-    """Whether ONNX Runtime's u8 x s8 products may saturate at 16 bits: x64 processors without VNNI, or not known."""
-    if platform.machine() not in X64:
-        return False
-    try:
-        return not DOT_PRODUCTS & set(CPU_FACTS.read_text(encoding="utf-8").split())
-    except OSError:
-        return True
 
 
 def return_freed_memory() -> None:

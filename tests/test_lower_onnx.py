@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from intaglio.exporters.lower_onnx import LOWERING
 from intaglio.profiles.spec import TensorSpec
 from intaglio.quantize.formats import FORMATS, codec
-from intaglio.runtimes import engine_onnxruntime
+from intaglio.runtimes import processor
 from intaglio.runtimes.engine import EngineOptions
 from intaglio.runtimes.engine_onnxruntime import LOWERED, OnnxRuntimeEngine, execution
 
@@ -232,7 +232,7 @@ def test_static_products_round_inputs_as_the_waist_says(name, dtype, shape, tmp_
         assert kinds.count("QuantizeLinear") == 1
         assert kinds.count("DequantizeLinear") == 0
         assert kinds.count("Add") == 1  # both biases went along
-    monkeypatch.setattr(engine_onnxruntime, "CPU_FACTS", tmp_path / "nowhere")  # any x64 processor
+    monkeypatch.setattr(processor, "CPU_FACTS", tmp_path / "nowhere")  # any x64 processor
     assert error(component.run(x), wanted) < EXACT
 
 
@@ -305,7 +305,7 @@ def test_a_depthwise_convolution_keeps_float_arithmetic_on_rounded_inputs(tmp_pa
     assert error(component.run(x), wanted) < EXACT
     late = "Conv float32, int8 weights decoded on every call"
     assert component.executed() == {late: 3, "DequantizeLinear of activations": 1}
-    monkeypatch.setattr(engine_onnxruntime, "CPU_FACTS", tmp_path / "nowhere")  # any x64 processor
+    monkeypatch.setattr(processor, "CPU_FACTS", tmp_path / "nowhere")  # any x64 processor
     assert error(component.run(x), wanted) < EXACT
 
 
@@ -330,7 +330,6 @@ import sys
 from types import SimpleNamespace
 import numpy as np
 from intaglio.profiles.spec import TensorSpec
-from intaglio.runtimes import engine_onnxruntime
 from intaglio.runtimes.engine import EngineOptions
 from intaglio.runtimes.engine_onnxruntime import OnnxRuntimeEngine
 from intaglio.runtimes.host_memory import peak_bytes, resident_bytes

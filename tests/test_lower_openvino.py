@@ -18,6 +18,7 @@ from intaglio.profiles.family import Contract
 from intaglio.profiles.spec import TensorSpec
 from intaglio.quantize.formats import FORMATS, codec
 from intaglio.quantize.nf4 import CODE_BOOK
+from intaglio.runtimes import processor
 from intaglio.runtimes.engine import EngineOptions
 from intaglio.runtimes.engine_openvino import GROUPS, OpenVinoEngine, executed, execution
 
@@ -224,9 +225,9 @@ def test_dynamic_activations_are_quantized_in_rows(name, tmp_path, random, x):
     build(tmp_path / "c", waist, output, ("batch", "tokens", K))
     engine = load(tmp_path / "c", "dynamic-per-token")
     found = run(engine, x)
-    if name.startswith("nf4"):  # OpenVINO has no integer product with code books
+    if name.startswith("nf4") or not processor.dot_products():  # no integer product with code books, or none at all
         assert error(found, x @ decoded + 1) < EXACT
-        assert seen(engine) == {"FullyConnected nf4 weights": 1}
+        assert seen(engine) == {f"FullyConnected {PACKED[name]} weights": 1}
     else:
         assert DYNAMIC[0] < error(found, x @ decoded + 1) < DYNAMIC[1]
         assert seen(engine) == {f"FullyConnected {PACKED[name]} weights, activations i8 per row in groups of 32": 1}
@@ -237,7 +238,7 @@ def test_dynamic_activations_are_quantized_in_rows(name, tmp_path, random, x):
 
 
 def test_rows_shorter_than_a_group_stay_float_and_are_not_claimed_to_be_quantized(tmp_path, random):
-    for inputs, quantized in ((24, False), (40, True)):
+    for inputs, quantized in ((24, False), (40, processor.dot_products())):
         waist = Waist()
         output, decoded = waist.linear("x", random.standard_normal((inputs, N), dtype=np.float32), "int8")
         folder = tmp_path / str(inputs)
@@ -321,9 +322,19 @@ def low_rank_branch(waist, weight, x):
 STATIC = [plain, smoothed, shared_by_three, gelu_and_residual, geglu, low_rank_branch]
 
 
+@pytest.fixture(params=["this processor", "no VNNI"])
+def static_product(request, tmp_path, monkeypatch):
+    """What a static product executes as: codes with codes, or floats with codes where integer sums would saturate."""
+    if request.param == "no VNNI":
+        facts = tmp_path / "cpuinfo"
+        facts.write_text("flags : sse4_2 avx2", encoding="utf-8")
+        monkeypatch.setattr(processor, "CPU_FACTS", facts)
+    return "weights" if processor.products_saturate() else "x i8"
+
+
 @pytest.mark.parametrize("pattern", STATIC)
 @pytest.mark.parametrize("tokens", [True, False])
-def test_static_int8_multiplies_codes_with_codes(pattern, tokens, tmp_path, random, x):
+def test_static_int8_multiplies_codes_with_codes(pattern, tokens, static_product, tmp_path, random, x):
     """Linears of a transformer block, also with inputs [batch, K] as of the time embedding."""
     waist = Waist()
     x = x if tokens else x[:, 0]
@@ -333,12 +344,12 @@ def test_static_int8_multiplies_codes_with_codes(pattern, tokens, tmp_path, rand
     engine = load(tmp_path / "c", "static")
     assert error(run(engine, x), wanted) < ROUNDED
     floats = {"FullyConnected f32": 2} if pattern is low_rank_branch else {}
-    assert seen(engine) == {**floats, "FullyConnected i8 x i8": products}
+    assert seen(engine) == {**floats, f"FullyConnected i8 {static_product}": products}
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("static", [True, False])
-def test_convolutions_are_integer_with_static_inputs_and_float_without(size, static, tmp_path, random):
+def test_convolutions_are_integer_with_static_inputs_and_float_without(size, static, static_product, tmp_path, random):
     import torch
 
     waist, channels = Waist(), 32
@@ -355,7 +366,8 @@ def test_convolutions_are_integer_with_static_inputs_and_float_without(size, sta
     fed = fake(silu(x), 0.03) if static else silu(x)
     wanted = torch.nn.functional.conv2d(torch.from_numpy(fed), torch.from_numpy(decoded), padding=size // 2).numpy()
     assert error(run(engine, x), wanted + 1 + x) < (ROUNDED if static else EXACT)
-    assert seen(engine) == {"Convolution i8 x i8" if static else "Convolution f32": 1}
+    integer = static and static_product == "x i8"
+    assert seen(engine) == {"Convolution i8 x i8" if integer else "Convolution f32": 1}
 
 
 def test_static_fp8_inputs_are_rounded_to_fp8(tmp_path, random, x):
