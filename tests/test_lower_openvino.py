@@ -370,6 +370,27 @@ def test_convolutions_are_integer_with_static_inputs_and_float_without(size, sta
     assert seen(engine) == {"Convolution i8 x i8" if integer else "Convolution f32": 1}
 
 
+def test_smoothed_inputs_of_convolutions_are_rounded_by_channel(static_product, tmp_path, random):
+    """Without VNNI that is OpenVINO's FakeQuantize, whose AVX2 kernel takes one channel's range for all of them."""
+    import torch
+
+    waist, channels = Waist(), 32
+    weight = random.standard_normal((channels, channels, 3, 3), dtype=np.float32)
+    x = random.standard_normal((2, channels, 10, 12), dtype=np.float32)
+    factors = np.linspace(0.5, 2, channels, dtype=np.float32).reshape(1, channels, 1, 1)
+    dequantized, decoded = waist.weight(weight, "w8a8", axis=0)
+    padded = waist.node("Pad", "x", waist.constant(np.array([0, 0, 0, 0, 0, 0, 1, 1])))
+    source = waist.static(waist.node("Mul", padded, waist.constant(factors)), 0.03)
+    shape = ("batch", channels, "height", "width")
+    build(tmp_path / "c", waist, waist.node("Conv", source, dequantized, strides=[2, 2]), shape, shape)
+    engine = load(tmp_path / "c", "static")
+    fed = np.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1))) * factors
+    rounded = torch.from_numpy(fake(fed, 0.03))
+    wanted = torch.nn.functional.conv2d(rounded, torch.from_numpy(decoded), stride=2).numpy()
+    assert error(run(engine, x), wanted) < ROUNDED
+    assert seen(engine) == {"Convolution i8 x i8" if static_product == "x i8" else "Convolution f32": 1}
+
+
 def test_static_fp8_inputs_are_rounded_to_fp8(tmp_path, random, x):
     import ml_dtypes
 
