@@ -121,7 +121,7 @@ def serving(artifact: str) -> dict[str, Any]:
     here = ray.init(num_cpus=REPLICAS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     port, start = free_port(), time.monotonic()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    given = {"artifact": artifact, "backend": BACKEND, "threads": 1, "replicas": REPLICAS}
+    given = {"artifact": artifact, "backend": BACKEND, "threads": 1, "replicas": REPLICAS, "no_key": True}
     serve.run(app({**given, "concurrency": CONCURRENCY, "queue": QUEUE}))
     ready = time.monotonic() - start
 

@@ -67,7 +67,8 @@ def claim(target: Path, *, force: bool = False) -> Iterator[Claim]:
     With `force` an existing artifact is replaced, in one step where the file system can exchange two names.
 
     Raises:
-        UsageError: `target` has no name, exists, is being made by another process, or its parent cannot be written.
+        UsageError: `target` has no name, exists, is a mount, is being made by another process, or its parent cannot be
+            written.
         OSError: what the file system refuses in the block; a full disk by its number, where a library names none.
     """
     check_target(target, force=force)
@@ -104,7 +105,7 @@ def writing(target: Path, *, force: bool = False, key: str | None = None) -> Ite
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse an output that has no name or is not to be replaced.
+    """Refuse an output that has no name, is not to be replaced, or cannot be.
 
     Raises:
         UsageError: with what to do instead.
@@ -113,6 +114,8 @@ def check_target(target: Path, *, force: bool) -> None:
         raise UsageError(f"output {str(target)!r} has no name of its own; choose a folder to create")
     if not os.path.lexists(target):
         return
+    if is_mount(target):
+        raise busy(target)
     if not force:
         raise UsageError(f"{target} exists; choose another name or add --force to replace it")
     if not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
@@ -124,6 +127,22 @@ def check_target(target: Path, *, force: bool) -> None:
 def unwritable(target: Path, error: OSError) -> UsageError:
     """The one line for an output that the file system refuses."""
     return UsageError(f"{target} cannot be written ({error.strerror}); choose another output folder")
+
+
+def busy(target: Path) -> UsageError:
+    """The one line for an output whose name nothing can take over; a rename there fails with EBUSY."""
+    return UsageError(f"{target} is a mount, which no build can replace; mount its parent and name a folder in that")
+
+
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted at `path` itself; `os.path.ismount` overlooks binds within one file system."""
+    here = path.absolute().parent.resolve() / path.name
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # not Linux
+        return os.path.ismount(path)
+    places = (line.split(b" ")[4] for line in lines)  # with spaces and the like in octal: proc(5)
+    return os.fsencode(here) in {re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), p) for p in places}
 
 
 def sibling(target: Path, ending: str) -> Path:

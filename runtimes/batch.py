@@ -22,6 +22,7 @@ from intaglio.runtimes.batch_file import Line, RequestFile
 from intaglio.runtimes.serve_app import from_validation
 from intaglio.runtimes.serve_errors import BadRequest, Busy, Late, Lost, ServeError
 from intaglio.runtimes.serve_openai import ImageRequest, blaming, wish_of
+from intaglio.runtimes.serve_process import log_defect
 from intaglio.runtimes.serve_room import RANDOM_SEEDS, Room
 from intaglio.runtimes.serve_ticket import Order, Picture, Ticket
 
@@ -181,6 +182,9 @@ class Batch:
             made = Made(line=line, ident=ident, error=error)
         except ToolError as error:
             made = Made(line=line, ident=ident, error=BadRequest(str(error)))
+        except Exception as error:  # a defect; the other lines have nothing to do with it
+            log_defect(f"request {ident}", error)
+            made = Made(line=line, ident=ident, error=ServeError("the server failed"))
         await self.deliver(made)
 
     async def pictures(self, order: Order, tries: int) -> tuple[Ticket, list[Picture]]:

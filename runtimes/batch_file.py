@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from intaglio.profiles.errors import UsageError
+from intaglio.runtimes.serve_body import unique
 from intaglio.runtimes.serve_errors import BadRequest, ServeError
 from intaglio.runtimes.serve_limits import Limits
 
@@ -55,12 +56,14 @@ class BatchLine(BaseModel):
 class RequestFile:
     """A file of requests: its `lines`, and the `faults` that keep it from being used. It stays open until `close`.
 
+    `limits` are those it was read with.
+
     Raises:
         OSError: it cannot be read.
     """
 
     def __init__(self, path: Path, limits: Limits) -> None:
-        self.file = path.open("rb")
+        self.file, self.limits = path.open("rb"), limits
         self.lines, self.faults = list[Line](), list[Fault]()
         first: dict[str, int] = {}
         for number, place, raw in raw_lines(self.file, limits["body_bytes"]):
@@ -116,7 +119,7 @@ def parsed(raw: bytes) -> BatchLine:
         BadRequest: it is not one.
     """
     try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=not_json)
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         raise BadRequest("not a JSON object in UTF-8") from None
     if not isinstance(value, dict):

@@ -72,6 +72,9 @@ class Folder:
                 names[ident] = []
                 continue
             count, form = request.n or 1, request.output_format or "png"
+            if count > self.requests.limits["pictures"]:  # its own error, when it is made
+                names[ident] = []
+                continue
             stems = [ident] if count == 1 else [f"{ident}-{k}" for k in range(count)]
             names[ident] = [f"{stem}.{form}" for stem in stems]
             for name in names[ident]:
@@ -150,7 +153,8 @@ class Folder:
                     f"{self.path} has {custom_id!r} of another request, artifact or backend; choose another folder, "
                     "or add --force to make everything anew"
                 )
-            if all((self.path / name).is_file() for name in self.names[custom_id]):
+            files = self.names[custom_id]
+            if files and all((self.path / name).is_file() for name in files):
                 self.done[custom_id] = self.note(raw)
 
     def note(self, raw: bytes) -> Place:

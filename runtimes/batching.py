@@ -54,15 +54,24 @@ class Batcher:
         pipeline: with every component loaded.
         rows: of one call at most; the artifact's own limit where not given.
         cache: of prompt embeddings.
+        between: called after every part of a round, of which each may take long.
 
     Raises:
         UsageError: more rows than the artifact allows.
     """
 
-    def __init__(self, pipeline: Pipeline, *, rows: int | None = None, cache: EmbeddingCache | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        rows: int | None = None,
+        cache: EmbeddingCache | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         limit = pipeline.artifact.manifest.shapes["batch"].max
         if rows is not None and not 1 <= rows <= limit:
             raise UsageError(f"{rows} rows are not allowed: 1 to {limit}, the artifact's largest batch")
+        self.between = between
         self.sampler, self.rows = pipeline.sampler, limit if rows is None else rows
         self.cache = EmbeddingCache() if cache is None else cache
         self.engines = CachedComponents(pipeline.engines, pipeline.sampler, self.cache)
@@ -115,6 +124,7 @@ class Batcher:
         answers: list[Answer] = [{} for _ in wanted]
         for places in batches(wanted, self.sampler.manifest.components[self.sampler.denoiser], self.rows):
             self._run(places, wanted, answers)
+            self.between()
         return [a if isinstance(a, Exception) else [a[branch] for branch in sorted(a)] for a in answers]
 
     def _run(self, places: Sequence[Place], wanted: Sequence[Evaluation], answers: list[Answer]) -> None:
@@ -130,6 +140,7 @@ class Batcher:
                 return
             for number in numbers:
                 self._run([place for place in places if place[0] == number], wanted, answers)
+                self.between()
             return
         self.calls, self.rows_run = self.calls + 1, self.rows_run + sum(len(output) for output in outputs)
         for (number, branch), output in zip(places, outputs, strict=True):
@@ -153,6 +164,7 @@ class Batcher:
             return self._end(job, None, error)
         finally:
             self.current = None
+            self.between()
         job.wanted = dataclasses.replace(event, feeds=tuple(self.sampler.widened(feeds) for feeds in event.feeds))
         return None
 

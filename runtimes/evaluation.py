@@ -77,21 +77,33 @@ def evaluate(engine: Engine, record: ComponentRecord, wanted: Evaluation) -> lis
 def batches(wanted: Sequence[Evaluation], record: ComponentRecord, limit: int) -> list[list[tuple[int, int]]]:
     """Which branches of which requests run together: lists of (request, branch), at most `limit` rows each.
 
-    Those of one request stay in one list where they fit, in the order of the requests.
+    Those of one request stay in one list where they may and fit, each in the first that has room. Only a branch that
+    has more rows than `limit` by itself is in a list that has more, alone.
     """
     rows = batch_inputs(record)
-    whole: dict[tuple[Any, ...], list[list[tuple[int, int]]]] = {}
+    lists: dict[tuple[Any, ...], list[list[tuple[int, int]]]] = {}
     filled: dict[int, int] = {}
+
+    def put(kind: tuple[Any, ...], number: int, sizes: dict[int, int], *, apart: bool) -> None:
+        size, found = sum(sizes.values()), lists.setdefault(kind, [])
+        fitting = (
+            batch
+            for batch in found
+            if filled[id(batch)] + size <= limit and not (apart and any(n == number for n, _ in batch))
+        )
+        if (batch := next(fitting, None)) is None:
+            found.append(batch := [])
+        batch.extend((number, branch) for branch in sizes)
+        filled[id(batch)] = filled.get(id(batch), 0) + size
+
     for number, evaluation in enumerate(wanted):
-        parts: dict[tuple[Any, ...], list[int]] = {}
+        parts: dict[tuple[Any, ...], dict[int, int]] = {}
         for branch, feeds in enumerate(evaluation.feeds):
-            parts.setdefault(kind_of(feeds, rows), []).append(branch)
-        for kind, branches in parts.items():
-            size = sum(height(evaluation.feeds[b], rows) for b in branches)
-            lists = whole.setdefault(kind, [])
-            if not lists or filled[id(lists[-1])] + size > limit:
-                lists.append([])
-                filled[id(lists[-1])] = 0
-            lists[-1].extend((number, branch) for branch in branches)
-            filled[id(lists[-1])] += size
-    return [batch for lists in whole.values() for batch in lists]
+            parts.setdefault(kind_of(feeds, rows), {})[branch] = height(feeds, rows)
+        for kind, sizes in parts.items():
+            if evaluation.together and sum(sizes.values()) <= limit:
+                put(kind, number, sizes, apart=False)
+                continue
+            for branch, size in sizes.items():
+                put(kind, number, {branch: size}, apart=not evaluation.together)
+    return [batch for of_kind in lists.values() for batch in of_kind]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 from intaglio.profiles.errors import ToolError, UsageError
 from intaglio.profiles.family import parse_assignments
 from intaglio.profiles.registry import need
+from intaglio.runtimes.ray_frames import frame_of, made_of
 from intaglio.runtimes.serve_cli import add_models, hub_of
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ LOCAL = "local"
 LINES_OF_TASK = 4  # times an actor's concurrency: what it works on at once, and what is made again where it dies
 # Ray reports its use to its makers where nobody says no.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-FACTS = ("seed", "size", "seconds", "parameters", "warnings")  # of a picture, beside its bytes
+REACH_SECONDS = 10.0  # that a cluster may take to answer at all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,19 +181,47 @@ def begin(ray: Any, pool: Pool) -> bool:
 
     Raises:
         UsageError: it has no room for that many actors.
+        ToolError: there is no such cluster, or it does not let us in.
     """
-    if ray.is_initialized():
-        return False
-    if pool.address != LOCAL:
-        ray.init(address=pool.address, log_to_driver=False, logging_level="ERROR")
-        return True
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    held = ray.cluster_resources()
-    for kind, each in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)):
-        if pool.replicas * each > held.get(kind, 0):
+    started = not ray.is_initialized()
+    if started:
+        flags = {"include_dashboard": False} if pool.address == LOCAL else {}
+        try:
+            reach(pool.address)
+            # Named even where it is started here: else Ray joins whatever RAY_ADDRESS or this machine has.
+            ray.init(address=pool.address, log_to_driver=False, logging_level="ERROR", **flags)
+        except Exception as error:  # of many kinds, Ray's own among them
+            what = "Ray cannot be started here" if pool.address == LOCAL else f"no Ray at {pool.address!r}"
+            why = cause(error).rstrip(".")
+            raise ToolError(f"{what}: {why}; --ray without an address starts one for this batch") from error
+    room = room_of(ray.nodes(), pool)
+    if room < pool.replicas:
+        if started:
             ray.shutdown()
-            raise UsageError(f"{pool.replicas} actors of {each:g} {kind} are more than the {held.get(kind, 0):g} here")
-    return True
+        each = f"{pool.num_cpus:g} CPU and {pool.num_gpus:g} GPU"
+        raise UsageError(f"{pool.replicas} actors of {each} are more than the {room} that Ray's nodes have room for")
+    return started
+
+
+def reach(address: str) -> None:
+    """Try HOST:PORT, which Ray itself tries for ever.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    if match := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((match[1], int(match[2])), REACH_SECONDS).close()
+
+
+def room_of(nodes: Sequence[Mapping[str, Any]], pool: Pool) -> int:
+    """How many actors fit at once where nothing else runs; one is never spread over two nodes."""
+    wanted = [(kind, each) for kind, each in (("CPU", pool.num_cpus), ("GPU", pool.num_gpus)) if each]
+    found = 0
+    for node in nodes:
+        if node["Alive"]:
+            fits = [int(node["Resources"].get(kind, 0) / each + 1e-9) for kind, each in wanted]
+            found += min(fits, default=pool.replicas)
+    return found
 
 
 def cause(error: BaseException) -> str:
@@ -228,13 +259,18 @@ class Maker:
         frames = self.within(self.made(batch))
         return {"number": list(frames), "frame": list(frames.values())}
 
-    async def made(self, batch: Mapping[str, Any]) -> dict[int, bytes]:
-        """Number of a line -> what became of it."""
+    async def made(self, rows: Mapping[str, Any]) -> dict[int, bytes]:
+        """Number of a line -> what became of it.
+
+        Raises:
+            ToolError: an artifact's worker died and cannot be started again.
+        """
         from intaglio.runtimes.batch import Batch, Places
+        from intaglio.runtimes.batch_cli import REFRESH, refuse_hopeless
         from intaglio.runtimes.batch_file import Line
 
         bodies, lines = {}, []
-        for number, text in zip(batch["number"], batch["line"], strict=True):
+        for number, text in zip(rows["number"], rows["line"], strict=True):
             custom_id, bodies[int(number)] = json.loads(text)
             lines.append(Line(int(number), custom_id, 0, 0))
         frames: dict[int, bytes] = {}
@@ -243,39 +279,15 @@ class Maker:
             frames[made.line.number] = frame_of(made)
 
         file = cast("RequestFile", SimpleNamespace(body=lambda line: bodies[line.number]))
-        await Batch(self.room, Places(self.at_once), file, lines, ident=lambda line, body: "", deliver=deliver).run()
+        batch = Batch(self.room, Places(self.at_once), file, lines, ident=lambda line, body: "", deliver=deliver)
+        running = asyncio.create_task(batch.run())
+        try:
+            while not running.done():
+                refuse_hopeless(self.hub)
+                await asyncio.wait({running}, timeout=REFRESH)
+            await running
+        finally:
+            running.cancel()
+            with contextlib.suppress(BaseException):  # it is told already, or what ended this is
+                await running
         return frames
-
-
-def frame_of(made: Made) -> bytes:
-    """What became of a line as bytes that any process can read without running anything."""
-    from intaglio.runtimes.serve_wire import packed
-
-    if made.error is not None:
-        error = made.error
-        return packed({"error": [error.message, error.param, error.status, error.code, error.headers]})
-    assert made.ticket is not None
-    pictures = [{name: getattr(picture, name) for name in FACTS} for picture in made.pictures]
-    facts = {"size": made.ticket.size, "form": made.ticket.order.form, "pictures": pictures}
-    return packed(facts, [picture.data for picture in made.pictures])
-
-
-def made_of(line: Line, ident: str, body: dict[str, Any], frame: bytes) -> Made:
-    """`frame_of` undone."""
-    from intaglio.runtimes.batch import Made, checked, seed_of
-    from intaglio.runtimes.serve_errors import ServeError
-    from intaglio.runtimes.serve_ticket import Picture, Ticket
-    from intaglio.runtimes.serve_wire import read
-
-    message = read(io.BytesIO(frame))
-    assert message is not None
-    facts, blobs = message
-    if "error" in facts:
-        text, param, status, code, headers = facts["error"]
-        error = ServeError(text, param=param, headers=headers)
-        error.status, error.code = status, code
-        return Made(line=line, ident=ident, error=error)
-    ticket = SimpleNamespace(size=tuple(facts["size"]), order=SimpleNamespace(form=facts["form"]))
-    pictures = [Picture(data=data, **found) for data, found in zip(blobs, facts["pictures"], strict=True)]
-    request = checked(body, seed_of("", line.custom_id))
-    return Made(line=line, ident=ident, request=request, ticket=cast("Ticket", ticket), pictures=pictures)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,7 +23,9 @@ from typing import Any, NoReturn
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.family import parse_assignments
 from intaglio.profiles.registry import need
+from intaglio.profiles.sizes import parse_bytes
 from intaglio.runtimes import serve_cli
+from intaglio.runtimes.ray_asgi import under_ray
 
 NAME = "intaglio"  # of the deployment
 RETRY_SECONDS = 2  # which a client is asked to wait where every replica is full
@@ -29,6 +34,7 @@ LOAD_SECONDS = 1800.0  # that a replica may take until its artifacts are loaded
 # That a worker may take to be started again before the replica is given up: so many times its first start, at least.
 PATIENCE, PATIENCE_SECONDS = 3.0, 30.0
 ONE_PROCESS = ("batches",)  # protocols whose later requests must reach the replica that took the first one
+LOGGER, FORMAT = "intaglio.serve", "%(asctime)s %(levelname)s %(message)s"
 FLAGS = ("no_key", "telemetry", "telemetry_prompts")  # that have no value on a command line
 
 
@@ -49,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     words = Words(prog="intaglio on Ray Serve", add_help=False, allow_abbrev=False)
     serve_cli.add_models(words)
     words.add_argument("--api-key-file", help="on every node")
-    words.add_argument("--no-key", action="store_true", help="serve others than this machine without a key")
+    words.add_argument("--no-key", action="store_true", help="everybody who reaches Ray's proxy may ask")
     words.add_argument("--allowed-host", action="append", default=[], help="a name in Host, or *")
     words.add_argument("--drain", type=float, default=60, help="seconds for what is under way when a replica ends")
     words.add_argument("--telemetry", action="store_true", help="send spans to OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -84,7 +90,7 @@ def read(given: Mapping[str, Any]) -> argparse.Namespace:
     """The arguments, complete.
 
     Raises:
-        UsageError: one is unknown or not allowed; others could ask without a key.
+        UsageError: one is unknown or not allowed; anybody could ask and nobody said so.
     """
     if not given.get("artifact"):
         raise UsageError("artifact=FOLDER is missing; artifact=NAME=FOLDER gives it another name")
@@ -94,16 +100,51 @@ def read(given: Mapping[str, Any]) -> argparse.Namespace:
         raise UsageError(f"replicas={args.replicas}, max_replicas={most} is not allowed: 1 <= replicas <= max_replicas")
     if args.num_cpus < 0 or args.num_gpus < 0:
         raise UsageError(f"num_cpus={args.num_cpus}, num_gpus={args.num_gpus} is not allowed: 0 or more")
-    if args.allowed_host and not args.api_key_file and not args.no_key:
-        raise UsageError("allowed_host lets other machines ask; add api_key_file=FILE, or no_key=true if everybody may")
+    if not args.api_key_file and not args.no_key:  # where Ray's proxy listens is Ray's to decide
+        raise UsageError(
+            "everybody who reaches Ray's proxy could ask; add api_key_file=FILE, or no_key=true if they may"
+        )
+    if not 0 <= args.drain < math.inf:
+        raise UsageError(f"drain={args.drain} is not allowed: 0 or more seconds")
+    check_as_serve(args)
     args.max_replicas = most
     return args
+
+
+def check_as_serve(args: argparse.Namespace) -> None:
+    """What a replica would find wrong, before Ray makes any and gives its whole traceback.
+
+    Raises:
+        UsageError: a value is not allowed, or does nothing on Ray.
+    """
+    from intaglio.runtimes.serve_limits import Limits
+
+    limits = parse_assignments(args.limit)
+    if "connections" in limits:
+        raise UsageError("limit=connections=N is not allowed: Ray's proxy holds the connections; limit those before it")
+    Limits(limits)
+    names = [model.name for model in serve_cli.models_of(args)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two artifacts are called {max(names, key=names.count)!r}; name them: NAME=FOLDER")
+    if args.memory:
+        parse_bytes(args.memory, "--memory")
+    if args.telemetry_prompts and not args.telemetry:
+        raise UsageError("telemetry_prompts needs telemetry")
+
+
+def log_requests() -> None:
+    """A line a request on stderr, as ``intaglio serve`` has it: Ray gives the loggers of others no handler."""
+    logger, handler = logging.getLogger(LOGGER), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(FORMAT))
+    logger.handlers, logger.propagate = [handler], False  # once, whatever Ray does with the root's
+    logger.setLevel(logging.INFO)
 
 
 class Replica:
     """One replica: a hub and its workers, in the process that Ray gives it."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
+        log_requests()
         self.args = read(given)
         self.hub = serve_cli.hub_of(self.args)
         serve_cli.watch(self.hub, self.args)
@@ -128,7 +169,7 @@ class Replica:
         keys, limits = Keys(self.args.api_key_file), Limits(parse_assignments(self.args.limit))
         hosts = serve_cli.hosts_of("localhost", self.args.allowed_host)
         without = ONE_PROCESS if self.args.max_replicas > 1 else ()
-        return make_app(self.hub, keys=keys, hosts=hosts, limits=limits, begun=self.begun, without=without)
+        return under_ray(make_app(self.hub, keys=keys, hosts=hosts, limits=limits, begun=self.begun, without=without))
 
     async def check_health(self) -> None:
         """Ray asks this before a replica gets requests, and again and again; three failures replace the replica.
@@ -170,6 +211,17 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "autoscaling_config": scaling}
 
 
+def refused(line: str) -> Exception:
+    """A `UsageError` that is click's, too: ``serve run`` prints those as one line, and of others the traceback."""
+    click = need("click", extra="ray")
+
+    class Refused(UsageError, click.ClickException):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            click.ClickException.__init__(self, line)
+
+    return Refused()
+
+
 def app(given: Mapping[str, Any]) -> Any:
     """Ray Serve's application; arguments are ``intaglio serve``'s, ``artifact`` a folder or NAME=FOLDER, or several.
 
@@ -178,5 +230,8 @@ def app(given: Mapping[str, Any]) -> Any:
         MissingDependency: Ray is not installed.
     """
     serve = need("ray.serve", extra="ray")
-    args = read(given)
+    try:
+        args = read(given)
+    except UsageError as error:
+        raise refused(str(error)) from None
     return serve.deployment(**options(args))(serve.ingress()(Replica)).bind(dict(given))

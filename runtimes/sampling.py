@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class Parameter:
             raise UsageError(f"{name} {value!r} is not {WORDS[self.kind]} ({self.help})") from None
         if self.choices and result not in self.choices:
             raise UsageError(f"{name} {value!r} is not allowed: {', '.join(self.choices)} ({self.help})")
+        if isinstance(result, float) and not math.isfinite(result):
+            raise UsageError(f"{name} {value!r} is not a finite number ({self.help})")
         low, high = self.minimum, self.maximum
         if (low is not None and not result >= low) or (high is not None and not result <= high):
             bounds = f"{low:g} to {high:g}" if low is not None and high is not None else ""

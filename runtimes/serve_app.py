@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from intaglio import __version__
 from intaglio.profiles.errors import ToolError
 from intaglio.profiles.registry import resolve
+from intaglio.runtimes.serve_body import strict
 from intaglio.runtimes.serve_errors import BadRequest, NotFound, ServeError, without_paths
 from intaglio.runtimes.serve_guard import Guard, shaped
 from intaglio.runtimes.serve_hub import Hub
@@ -37,6 +38,7 @@ ANY_ERROR = {
     "description": "an error, in the shape of the route's protocol; the header x-request-id names it in the log",
     "content": {"application/json": {"schema": {"type": "object"}}},
 }
+NO_BODY = {"description": "an error; the header x-request-id names it in the log"}
 PATIENCE = 30.0  # seconds for what is under way when the server ends
 
 
@@ -84,8 +86,12 @@ def make_app(
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
+        dependencies=[Depends(strict)],
+        # Spans of its own would have what clients write. Versions that know no such argument have no spans, either.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    room = Room(hub, limits)
+    guarded = keys or Keys(None)
+    room = Room(hub, limits, owners=len(guarded))
     for protocol in protocols:
         app.include_router(protocol.router(room))
     add_health(app, hub)
@@ -101,7 +107,6 @@ def make_app(
 
     for kind, make in ERRORS.items():
         app.add_exception_handler(kind, lambda request, error, make=make: answer(request, make(error)))
-    guarded = keys or Keys(None)
     return Guard(app, protocols=protocols, keys=guarded, hosts=hosts, limits=limits, tell=hub.tell)
 
 
@@ -114,10 +119,11 @@ def described(app: FastAPI) -> dict[str, Any]:
         document = FastAPI.openapi(app)
         for name, path in document["paths"].items():
             for method in methods_of(app.routes, name):
-                path.setdefault(method.lower(), {"summary": "for browsers", "responses": {"200": {"description": ""}}})
-            for operation in path.values():
+                summary = "what GET says, without its body" if method == "HEAD" else "for browsers"
+                path.setdefault(method.lower(), {"summary": summary, "responses": {"200": {"description": ""}}})
+            for method, operation in path.items():
                 operation["responses"].pop("422", None)
-                operation["responses"].setdefault("default", ANY_ERROR)
+                operation["responses"].setdefault("default", NO_BODY if method == "head" else ANY_ERROR)
         for name in ("HTTPValidationError", "ValidationError"):
             document.get("components", {}).get("schemas", {}).pop(name, None)
     return app.openapi_schema or {}
@@ -162,6 +168,9 @@ def add_health(app: FastAPI, hub: Hub) -> None:
             for name, model in hub.models.items()
         }
         return {"ready": hub.ready, "models": models}
+
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/ready", ready, methods=["HEAD"], include_in_schema=False)
 
 
 def from_validation(error: Any) -> ServeError:

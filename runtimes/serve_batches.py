@@ -8,11 +8,13 @@ and a client that finds its batch gone sends it again. A batch is its sender's, 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 import traceback
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -111,6 +113,8 @@ class Batches:
         self.records: dict[str, Record] = {}
         at_once = sum(max(1, model.settings.concurrency - 1) for model in room.hub.models.values())
         self.places = Places(at_once)
+        # One thread of its own: files are long, and answers to others are written in asyncio's.
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def create(self, asked: BatchRequest, owner: str) -> Record:
         """Take a batch, and begin to check its file.
@@ -118,19 +122,26 @@ class Batches:
         Raises:
             NotFound: there is no such file.
             BadRequest: it is no file of requests, or there is no room for another batch.
+            Busy: too many of this client's have not ended.
         """
         source = self.store.of(owner, asked.input_file_id, "input_file_id")
         if source.purpose != "batch":
             raise BadRequest("input_file_id names a file of results; send one of requests", param="input_file_id")
         self.forget()
-        self.room.limits.check("batch_files", len(self.records) + 1, "batches kept, delete their files: with this one")
-        self.store.check(2, 0)
+        own = [record for record in self.records.values() if record.owner == owner]
+        unfinished = sum(record.status not in ENDED for record in own) + 1
+        self.room.limits.check("batch_unfinished", unfinished, "your batches that have not ended, with this one")
+        what = "batches kept, delete their files: with this one"
+        self.store.check_share("batch_files", len(self.records) + 1, len(own) + 1, what)
+        self.store.check(owner, 2, 0)
         ident, expires = f"batch_{uuid.uuid4().hex}", asked.output_expires_after
         output = self.store.begin(owner, f"{ident}_output.jsonl", expires)
         refused = self.store.begin(owner, f"{ident}_error.jsonl", expires)
         source.users += 1
         record = self.records[ident] = Record(ident, owner, asked, source, output, refused)
-        record.task = asyncio.get_running_loop().create_task(self.work(record))
+        # In no context: what its lines do is not this request's, which is answered by then.
+        work, context = self.work(record), contextvars.Context()
+        record.task = asyncio.get_running_loop().create_task(work, context=context)
         return record
 
     def forget(self) -> None:
@@ -189,7 +200,8 @@ class Batches:
         Raises:
             ServeError: there is no room for its results.
         """
-        file = await asyncio.to_thread(RequestFile, record.source.path, self.room.limits)
+        loop = asyncio.get_running_loop()
+        file = await loop.run_in_executor(self.reader, RequestFile, record.source.path, self.room.limits)
         try:
             if file.faults:
                 record.faults = file.faults
@@ -241,7 +253,7 @@ class Batches:
 
 def router(room: Room) -> APIRouter:
     """The routes of files and batches."""
-    routes, store = APIRouter(tags=["openai"]), Store(room.limits)
+    routes, store = APIRouter(tags=["openai"]), Store(room.limits, owners=room.owners)
     add_files(routes, room, store)
     batches = Batches(room, store)
     owner: Callable[[Request], str] = room.client

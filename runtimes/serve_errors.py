@@ -86,8 +86,8 @@ class Cancelled(ServeError):
 class Later(ServeError):
     """Another time it may be done; `seconds` from now, says ``Retry-After``."""
 
-    def __init__(self, message: str, *, seconds: float = 2) -> None:
-        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+    def __init__(self, message: str, *, param: str | None = None, seconds: float = 2) -> None:
+        super().__init__(message, param=param, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
 class Busy(Later):
@@ -114,7 +114,7 @@ class NoPicture(ServeError):
     status, code = 500, "no_picture"
 
 
-# The kinds of `intaglio.runtimes.serve_worker.KINDS`.
+# The kinds of `intaglio.runtimes.serve_faults.KINDS`.
 OF_KIND: dict[str, type[ServeError]] = {
     "user": BadRequest,
     "numerics": NoPicture,

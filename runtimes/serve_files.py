@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from intaglio.runtimes.serve_app import from_validation
-from intaglio.runtimes.serve_errors import BadRequest, NotFound
+from intaglio.runtimes.serve_errors import BadRequest, NotFound, TooLarge
 from intaglio.runtimes.serve_room import Room
 from intaglio.runtimes.serve_store import Expiry, Store, Stored
 
@@ -70,16 +70,19 @@ def page(
     return {"object": "list", "data": data, **ends, "has_more": begin + limit < len(items)}
 
 
-async def received(request: Request, store: Store, owner: str) -> Stored:
-    """A file that is being sent.
+async def received(request: Request, store: Store, owner: str, most: int) -> Stored:
+    """A file that is being sent, of as many bytes as room was kept for.
 
     Raises:
         BadRequest: a field is missing, unknown or not allowed.
+        TooLarge: more bytes came.
     """
     try:
         form = await request.form(max_files=1, max_fields=len(FORM_FIELDS), max_part_size=1024)
     except HTTPException as error:
         raise BadRequest(f"the body is not a form with one file: {error.detail}") from None
+    except (UnicodeError, LookupError):  # of the charset that Content-Type names
+        raise BadRequest("the body is not a form in a charset that is known here; send UTF-8") from None
     try:
         upload = said_of(form.multi_items())
         file = form.get("file")
@@ -88,6 +91,8 @@ async def received(request: Request, store: Store, owner: str) -> Stored:
         name = file.filename or ""
         if not name or len(name.encode("utf-8", "replace")) > LONGEST_NAME or not name.isprintable():
             raise BadRequest(f"file: a printable filename of 1 to {LONGEST_NAME} bytes is required", param="file")
+        if (file.size or 0) > most:
+            raise TooLarge(f"file: {file.size} bytes came, of the {most} there is room for", param="file")
         path = store.new_path()
         try:
             with path.open("xb") as target:
@@ -152,10 +157,11 @@ def add_files(routes: APIRouter, room: Room, store: Store) -> None:
     @routes.post("/v1/files", openapi_extra=FORM, responses={400: REFUSED[400], 413: {"description": "too long"}})
     async def send(request: Request) -> dict[str, Any]:
         """Send a file of requests."""
-        length = request.headers.get("content-length")
-        size = int(length) if length is not None else room.limits["batch_bytes"]
-        with store.arrival(size):
-            return (await received(request, store, room.client(request))).shown()
+        length, owner = request.headers.get("content-length"), room.client(request)
+        chunked = "transfer-encoding" in request.headers
+        size = room.limits["batch_bytes"] if length is None or chunked else int(length)
+        with store.arrival(owner, size):
+            return (await received(request, store, owner, size)).shown()
 
     @routes.get("/v1/files", responses={400: REFUSED[400], 404: REFUSED[404]})
     async def files(request: Request, query: Annotated[FilesQuery, Query()]) -> dict[str, Any]:

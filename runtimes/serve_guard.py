@@ -26,6 +26,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})  # without a key
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 SINGLE = frozenset({"host", "origin", "authorization", "content-type", "content-length", "transfer-encoding"})
+FORM = "multipart/form-data"
+LONGEST_LENGTH = 18  # digits of Content-Length
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -75,8 +77,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        ident, start = uuid.uuid4().hex, time.perf_counter()
         state = scope.setdefault("state", {})
+        ident, start = state.get("id") or uuid.uuid4().hex, time.perf_counter()  # a proxy's, where one has given it
         state["id"] = ident
         self.tell("asked", scope=scope)
         sent: list[int] = []
@@ -96,7 +98,7 @@ class Guard:
         try:
             headers = single(scope)
             self.admit(scope, headers)
-            await self.app(scope, self.bounded(receive, headers, broken), answer)
+            await self.app(scope, self.bounded(scope["path"], receive, headers, broken), answer)
         except ServeError as error:
             broken[:] = broken[:1] or [error]
         except asyncio.CancelledError:
@@ -124,7 +126,7 @@ class Guard:
             ServeError: with the reason.
         """
         path, method = scope["path"], scope["method"]
-        if self.connections() > self.limits["connections"]:
+        if path not in OPEN and self.connections() > self.limits["connections"]:
             raise Lost("there are more connections than this server takes", seconds=5)
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         self.limits.check("header_bytes", size, "headers")
@@ -156,24 +158,27 @@ class Guard:
         if length == "0":
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        allowed = ["application/json"]
-        for protocol in self.protocols:
-            allowed += [media for pattern, media in protocol.media.items() if re.fullmatch(pattern, path)]
+        allowed = self.media_of(path)
         if kind not in allowed:
             raise WrongMedia(f"a body here is {' or '.join(allowed)}; say so in Content-Type")
         if length:
-            if not length.isascii() or not length.isdecimal():
+            if not length.isascii() or not length.isdecimal() or len(length) > LONGEST_LENGTH:
                 raise BadRequest("Content-Length is not a number")
-            self.limits.check(self.size_limit(kind), int(length), "body")
+            self.limits.check(self.size_limit(path, kind), int(length), "body")
 
-    def size_limit(self, kind: str) -> str:
-        """The name of the limit of a body's bytes: files of requests are longer."""
-        return "batch_bytes" if kind == "multipart/form-data" else "body_bytes"
+    def media_of(self, path: str) -> list[str]:
+        """The kinds of body that a path takes."""
+        others = [kind for protocol in self.protocols for at, kind in protocol.media.items() if re.fullmatch(at, path)]
+        return ["application/json", *others]
 
-    def bounded(self, receive: Receive, headers: Mapping[str, str], broken: list[ServeError]) -> Receive:
+    def size_limit(self, path: str, kind: str) -> str:
+        """The name of the limit of a body's bytes: files of requests are longer, where there are any."""
+        return "batch_bytes" if kind == FORM and FORM in self.media_of(path) else "body_bytes"
+
+    def bounded(self, path: str, receive: Receive, headers: Mapping[str, str], broken: list[ServeError]) -> Receive:
         """`receive` that counts bytes, and does not wait for them for ever; `broken` gets what is raised."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        allowed, seconds = self.limits[self.size_limit(kind)], self.limits["body_seconds"]
+        allowed, seconds = self.limits[self.size_limit(path, kind)], self.limits["body_seconds"]
         end, taken, whole = time.monotonic() + seconds, 0, False
 
         async def bounded() -> Message:
@@ -212,7 +217,8 @@ def single(scope: Scope) -> dict[str, str]:
     """The headers by name.
 
     Raises:
-        BadRequest: one that decides something is there twice; who stands before or behind might read the other one.
+        BadRequest: one that decides something is there twice, or two say how long the body is; who stands before or
+            behind might read the other one.
     """
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
@@ -220,6 +226,8 @@ def single(scope: Scope) -> dict[str, str]:
         if key in found and key in SINGLE:
             raise BadRequest(f"the header {key} is there twice")
         found[key] = value.decode("latin-1")
+    if "content-length" in found and "transfer-encoding" in found:
+        raise BadRequest("Content-Length and Transfer-Encoding exclude each other; send one of them")
     return found
 
 

@@ -7,7 +7,7 @@ asks for several: so they share calls with others', and a client with many waits
 from __future__ import annotations
 
 import asyncio
-import logging
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import suggestion
 from intaglio.runtimes.serve_admission import check_time, checked, make_places
 from intaglio.runtimes.serve_errors import BadRequest, Lost, NotFound, ServeError
+from intaglio.runtimes.serve_memory import Memory
 from intaglio.runtimes.serve_model import Model, ModelSettings
 from intaglio.runtimes.serve_pace import Work
 from intaglio.runtimes.serve_process import log_defect
 from intaglio.runtimes.serve_queue import FairQueue
+from intaglio.runtimes.serve_swap import watch
 from intaglio.runtimes.serve_ticket import Job, Order, Ticket
-
-LOG = logging.getLogger("intaglio.serve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,10 @@ class Hub:
         for chosen in models:
             if chosen.name in self.models:
                 raise UsageError(f"two artifacts are called {chosen.name!r}; name them: NAME=FOLDER")
-            self.models[chosen.name] = Model(chosen, self.pump)
+            # A worker that is replaced may have begun a request that has all of its time before it.
+            patience = max(chosen.patience, self.settings.deadline)
+            self.models[chosen.name] = Model(dataclasses.replace(chosen, patience=patience), self.pump)
+        self.memory = Memory(self, self.settings.memory)
         self.queue: FairQueue[Job] = FairQueue(self.settings.queue)
         self.jobs: dict[str, Job] = {}
         self.tickets: dict[str, Ticket] = {}
@@ -87,29 +90,17 @@ class Hub:
             LoadFailed: one cannot be loaded.
         """
         try:
-            self.check_memory()
+            self.memory.check(next(iter(self.models.values())))
             for model in self.models.values():
-                if self.fits(model):
+                if self.memory.fits(model):
                     await model.load()
-                    await self.make_fit(model)
+                    await self.memory.make_fit(model)
         except BaseException:
             await self.close(0)
             raise
-        self.watchers = [asyncio.create_task(model.watch()) for model in self.models.values()]
+        self.watchers = [asyncio.create_task(watch(m, self.memory.make_way)) for m in self.models.values()]
         self.started = True
         self.pump()
-
-    def check_memory(self) -> None:
-        """Refuse a budget that not even the first artifact fits in.
-
-        Raises:
-            UsageError: it does not.
-        """
-        first, allowed = next(iter(self.models.values())), self.settings.memory
-        if allowed and first.size() > allowed:
-            raise UsageError(
-                f"{first.name} needs about {first.size() / 2**20:.0f} MiB and --memory is {allowed / 2**20:.0f}"
-            )
 
     @property
     def ready(self) -> bool:
@@ -117,12 +108,8 @@ class Hub:
         return self.started and not self.draining and all(model.ready for model in self.models.values())
 
     def held(self) -> int:
-        """Bytes of all workers now; of those that are being started, as they were last."""
-        return sum(model.measure() or model.size() for model in self.models.values() if not model.unloaded)
-
-    def fits(self, model: Model) -> bool:
-        """Whether an artifact can be loaded beside those that are."""
-        return not self.settings.memory or self.held() + model.size() <= self.settings.memory
+        """Bytes of all workers now."""
+        return self.memory.held()
 
     def model(self, name: str | None) -> Model:
         """The artifact of a name; the first one where there is none.
@@ -165,13 +152,13 @@ class Hub:
         self.tell("accepted", ticket=ticket)
         for job in ticket.make_jobs(work):
             self.jobs[job.ident] = job
-            self.queue.put(job)
+            self.queue.put(job, anyway=True)  # there is a place, or it begins at once
         self.pump()
         return ticket
 
     def pump(self) -> None:
         """Begin what can begin; load what is waited for."""
-        while (job := self.queue.pop(lambda waiting: waiting.model.room())) is not None:
+        while (job := self.queue.pop(lambda waiting: waiting.model.places() > 0)) is not None:
             process = job.model.process
             assert process is not None
             job.model.used = time.monotonic()
@@ -183,45 +170,16 @@ class Hub:
             except Exception as error:
                 log_defect(f"request {job.ticket.ident}", error)
                 job.ticket.fail(ServeError("the server failed"))
-        wanted = [job.model for job in self.queue if job.model.process is None and job.model.unloaded]
-        if wanted and self.loading is None and self.started:
-            self.loading = asyncio.get_running_loop().create_task(self._make_room(wanted[0]))
+        if self.started and self.loading is None and (wanted := self.memory.wanted()) is not None:
+            self.loading = asyncio.get_running_loop().create_task(self._load(wanted))
 
-    async def _make_room(self, model: Model) -> None:
-        """Load an artifact, unloading those that were not used for longest until it fits."""
+    async def _load(self, model: Model) -> None:
+        """Load an artifact, and begin what waited for it."""
         try:
-            if model.size() > self.settings.memory > 0:
-                self.give_up(model, Lost(f"model {model.name} does not fit in the memory this server may use"))
-                return
-            while not self.fits(model) and (oldest := self.oldest_but(model)) is not None:
-                await oldest.unload()
-            await model.load()
-            await self.make_fit(model)
-        except Exception as error:
-            LOG.error("%s: cannot be loaded: %s", model.name, model.said(error))  # noqa: TRY400 (the message says it)
-            model.unloaded = True
-            self.give_up(model, Lost(f"model {model.name} cannot be loaded now ({type(error).__name__})"))
+            await self.memory.load(model)
         finally:
             self.loading = None
             self.pump()
-
-    def oldest_but(self, model: Model) -> Model | None:
-        """The loaded artifact that was not used for longest, of the others."""
-        others = [m for m in self.models.values() if m is not model and not m.unloaded]
-        return min(others, key=lambda m: m.used, default=None)
-
-    async def make_fit(self, model: Model) -> None:
-        """Unload others where an artifact took more memory than it was thought to."""
-        allowed = self.settings.memory
-        while allowed and self.held() > allowed and (oldest := self.oldest_but(model)) is not None:
-            await oldest.unload()
-        if 0 < allowed < self.held():
-            LOG.warning("%s takes %.0f MiB, more than --memory", model.name, self.held() / 2**20)
-
-    def give_up(self, model: Model, error: ServeError) -> None:
-        """End everything that waits for an artifact."""
-        for job in [job for job in self.queue if job.model is model]:
-            job.ticket.fail(error)
 
     def over(self, *jobs: Job) -> None:
         """Jobs ended, or were dropped: their places are free."""

@@ -23,8 +23,9 @@ from intaglio.runtimes.serve_ticket import Picture
 
 # Media types of `Accept` -> how pictures are written; the first that fits is taken where several are as welcome.
 FORMS = {f"image/{form}": form for form in PICTURE_FORMATS}
-RANGE = re.compile(r"\s*([\w.+-]+|\*)/([\w.+-]+|\*)\s*((?:;[^;]*)*)\s*")
-QUALITY = re.compile(r";\s*q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)")
+# Of texts without spaces around them: a pattern with spaces at both ends tries every way to share them out.
+RANGE = re.compile(r"([\w.+-]+|\*)/([\w.+-]+|\*)")
+QUALITY = re.compile(r"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")
 MOST_NOTES, LONGEST_NOTE = 8, 500  # of warnings in a header, and characters of one
 
 
@@ -66,10 +67,11 @@ def form_of(accept: str) -> str:
     """
     welcome = dict.fromkeys(FORMS, (0.0, -1))  # (its weight, how closely the range that gave it fits)
     for part in (accept or "*/*").split(","):
-        found = RANGE.fullmatch(part)
+        media_range, *parameters = map(str.strip, part.split(";"))
+        found = RANGE.fullmatch(media_range)
         if found is None:
             continue
-        weight = QUALITY.search(found[3])
+        weight = next(filter(None, map(QUALITY.fullmatch, parameters)), None)
         closeness = (found[1] != "*") + (found[2] != "*")
         for media in FORMS:
             kind, _, name = media.partition("/")

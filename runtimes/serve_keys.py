@@ -54,8 +54,9 @@ class Keys:
         keys = {} if file is None else read_keys(file)
         self.names = {hashlib.sha256(key.encode()).digest(): name for key, name in keys.items()}
 
-    def __bool__(self) -> bool:
-        return bool(self.names)
+    def __len__(self) -> int:
+        """How many owners there are."""
+        return len(set(self.names.values()))
 
     def owner(self, authorization: str) -> str | None:
         """Whose key an ``Authorization`` header has: ``Bearer KEY``, or ``Basic`` with the key as the password."""

@@ -23,6 +23,7 @@ from intaglio.runtimes.serve_kserve_tensors import (
     Spec,
     answer,
     check_json,
+    check_seeds,
     parsed,
     values_of,
     wanted,
@@ -120,6 +121,7 @@ class Models:
         count = values.get("count", 1)
         self.room.limits.check("pictures", count, "num_images_per_prompt", "num_images_per_prompt")
         order = self.room.order(request, Wish(model=model.name, **values))
+        check_seeds(outputs, order.parameters["seed"], count)
         check_json(outputs, count * order.parameters["width"] * order.parameters["height"] * 3)
         ticket = self.hub.submit(order)
         request.scope.setdefault("state", {})["ticket"] = ticket

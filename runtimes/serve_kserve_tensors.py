@@ -16,6 +16,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from intaglio.runtimes.serve_body import check_names
 from intaglio.runtimes.serve_errors import BadRequest
 from intaglio.runtimes.serve_room import as_json
 from intaglio.runtimes.serve_ticket import Picture
@@ -23,6 +24,7 @@ from intaglio.runtimes.serve_ticket import Picture
 STRICT = ConfigDict(extra="forbid", strict=True)
 NUMBERS = {"INT64": "<q", "FP32": "<f"}  # datatype -> struct's code of one value
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "FP32": "TYPE_FP32", "UINT8": "TYPE_UINT8"}
+SEEDS = 2**63  # that INT64 has, from 0 on
 MOST_JSON_NUMBERS = 2**22  # of an answer's tensor; more need its bytes
 
 
@@ -116,7 +118,7 @@ def parsed(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]
     """The JSON of a body, and the bytes behind it.
 
     Raises:
-        BadRequest: the length is no number, or more than there is.
+        BadRequest: the length is no number, or more than there is; a name is there twice.
         RequestValidationError: the JSON is wrong.
     """
     end = len(body)
@@ -126,6 +128,7 @@ def parsed(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]
         if not 0 <= end <= len(body):
             name = "Inference-Header-Content-Length"
             raise BadRequest(f"{name}: 0 to the body's {len(body)} bytes are allowed", param=name)
+    check_names(body[:end])
     try:
         return InferRequest.model_validate_json(body[:end]), body[end:]
     except ValidationError as error:
@@ -239,6 +242,17 @@ def check_json(outputs: Mapping[str, bool], numbers: int) -> None:
     if not outputs.get("image", True) and numbers > MOST_JSON_NUMBERS:
         message = f"output 'image': {numbers} numbers are more than the {MOST_JSON_NUMBERS} that JSON may have; set "
         raise BadRequest(message + "binary_data", param="image")
+
+
+def check_seeds(outputs: Mapping[str, bool], seed: int, count: int) -> None:
+    """Refuse pictures whose last seed its tensor has no room for.
+
+    Raises:
+        BadRequest: it is 2^63 or more.
+    """
+    if "seed" in outputs and seed + count > SEEDS:
+        message = f"input 'seed': {seed} is not allowed for {count} pictures: their last seed is at most 2**63 - 1"
+        raise BadRequest(message, param="seed")
 
 
 def pixels_of(picture: Picture) -> bytes:

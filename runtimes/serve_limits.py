@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from intaglio.profiles.errors import UsageError
 from intaglio.profiles.registry import pick
-from intaglio.runtimes.serve_errors import BadRequest, ServeError, TooLarge
+from intaglio.runtimes.serve_errors import BadRequest, Busy, Lost, ServeError, TooLarge
+
+LONGEST_SHOWN = 10**15  # of a whole number; what is larger is said by its digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +29,12 @@ LIMITS: dict[str, Limit] = {
     "pictures": Limit(10, "pictures of one request"),
     "prompt_bytes": Limit(16_384, "bytes of a prompt, or of a negative prompt, in UTF-8"),
     "body_bytes": Limit(2**20, "bytes of a request's body", TooLarge),
-    "body_seconds": Limit(30, "seconds a client may take to send a body"),
+    "body_seconds": Limit(30, "seconds a client may take to send a body, or read nothing of an answer"),
     "header_bytes": Limit(32_768, "bytes of a request's headers", TooLarge),
-    "connections": Limit(1024, "connections at once"),
+    "connections": Limit(1024, "connections at once", Lost),
     "batch_bytes": Limit(100 * 2**20, "bytes of a file of requests", TooLarge),
     "batch_lines": Limit(50_000, "requests of one file"),
+    "batch_unfinished": Limit(16, "batches of one client that have not ended", Busy),
     "batch_files": Limit(1000, "files of requests and results that are kept"),
     "batch_held_bytes": Limit(10 * 2**30, "bytes of all files of requests and results together", TooLarge),
 }
@@ -62,4 +66,11 @@ class Limits:
         """
         allowed = self.values[name]
         if value > allowed:
-            raise LIMITS[name].error(f"{what}: {value:g} is more than the {allowed} allowed here", param=param)
+            raise LIMITS[name].error(f"{what}: {shown(value)} is more than the {allowed} allowed here", param=param)
+
+
+def shown(value: float) -> str:
+    """A number as people read it; JSON's whole numbers may have thousands of digits."""
+    if isinstance(value, int):
+        return str(value) if abs(value) < LONGEST_SHOWN else f"a number of {int(math.log10(abs(value))) + 1} digits"
+    return f"{value:g}"

@@ -247,6 +247,7 @@ def router(room: Room) -> APIRouter:
             return Response(data, media_type=openmetrics.CONTENT_TYPE_LATEST)
         return Response(generate_latest(metrics.registry), media_type=PLAIN)
 
+    routes.add_api_route("/metrics", read, methods=["HEAD"], include_in_schema=False)
     return routes
 
 

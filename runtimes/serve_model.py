@@ -10,22 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from intaglio.profiles.artifact import Artifact, generation_of, whole
-from intaglio.profiles.errors import Unsupported
+from intaglio.profiles.artifact import generation_of
 from intaglio.runtimes.embedding_cache import DEFAULT_BYTES
-from intaglio.runtimes.engine import EngineOptions
-from intaglio.runtimes.pipeline import Pipeline
-from intaglio.runtimes.private_memory import held_bytes
 from intaglio.runtimes.serve_errors import without_paths
 from intaglio.runtimes.serve_pace import Pace
 from intaglio.runtimes.serve_process import LoadFailed, Process
+from intaglio.runtimes.serve_reader import reader_of
+
+if TYPE_CHECKING:
+    from intaglio.runtimes.pipeline import Pipeline
 
 LOG = logging.getLogger("intaglio.serve")
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the n-th start in a row that failed
-LOADED_SIZE, WORKER_BYTES = 1.5, 64 * 2**20  # of what never ran: bytes in memory over those on disk, and beside them
-LOOK_SECONDS, ENDING_SECONDS = 0.5, 0.05  # between looks at the folder, and at a worker that ends
+ENDING_SECONDS = 0.05  # between looks at a worker that ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class ModelSettings:
         concurrency: pictures under way at once.
         rows: of one call of the denoiser; the artifact's own limit where ``None``.
         cache_bytes: of prompt embeddings.
-        watchdog: seconds a worker with work may say nothing.
+        watchdog: seconds a worker may say nothing once it has loaded.
         patience: seconds a worker that is replaced may take to end what it began.
         loading: seconds a worker may take to load.
         loader: ``module:function`` in the place of `intaglio.load`, for tests.
@@ -72,30 +71,15 @@ class ModelSettings:
         return {"folder": str(self.folder), "options": options, **facts}
 
 
-def reader_of(settings: ModelSettings) -> Pipeline:
-    """A pipeline that loads nothing, which knows what a request may be.
-
-    Raises:
-        Unsupported: the artifact starts from a picture, which no route here brings.
-        ArtifactError, MissingDependency: it cannot be read.
-    """
-    options = EngineOptions(device=settings.device, threads=settings.threads, checkpoint=settings.checkpoint)
-
-    def make(artifact: Artifact) -> Pipeline:
-        return Pipeline(artifact, settings.backend, options, residency="low")
-
-    pipeline = whole(settings.folder, make, verify=False)
-    if pipeline.sampler.needs_images:
-        raise Unsupported(f"{settings.folder} starts from a picture, and a server's requests bring none")
-    return pipeline
-
-
 class Model:
     """A served artifact.
 
     Attributes:
         reader: what checks requests.
+        estimate: bytes its worker will hold, by those on disk.
+        fresh: bytes the last one held when it had just loaded, where the kernel said.
         process: the worker that gets new requests; ``None`` where it is not loaded, or is being started again.
+        starting: one that loads.
         leaving: workers that end what they began.
         yielding: no new requests begin, because its memory is wanted.
         unloaded: on purpose.
@@ -105,14 +89,14 @@ class Model:
 
     def __init__(self, settings: ModelSettings, changed: Callable[[], None]) -> None:
         self.settings, self.changed = settings, changed
-        self.reader = reader_of(settings)
+        self.reader, self.estimate = reader_of(settings)
+        self.fresh: int | None = None
         self.process: Process | None = None
+        self.starting: Process | None = None
         self.leaving: set[Process] = set()
         self.pace = Pace()
         self.generation: Any = None
-        self.refused: Any = None  # a build that could not be loaded; the earlier one serves on
         self.used = 0.0
-        self.measured: int | None = None
         self.yielding, self.unloaded, self.closed = False, True, False
         self.swaps = self.restarts = self.failures = 0
         self.past: Counter[str] = Counter()
@@ -139,30 +123,40 @@ class Model:
         """All workers, those that leave too."""
         return [*self.leaving, *([self.process] if self.process is not None else [])]
 
-    def room(self) -> bool:
-        """Whether another picture can begin."""
+    def places(self) -> int:
+        """How many more pictures can begin."""
         process = self.process
         if process is None or not process.alive or self.yielding:
-            return False
-        return len(process.receivers) < self.settings.concurrency
+            return 0
+        return max(0, self.settings.concurrency - len(process.receivers))
 
     def said(self, error: Exception) -> str:
         """What a log may show of an error."""
         return without_paths(str(error), self.settings.folder)
 
     def size(self) -> int:
-        """Bytes its worker holds, or would."""
-        if self.measured is None:
-            return int(self.reader.artifact.size_bytes() * LOADED_SIZE) + WORKER_BYTES
-        return self.measured
+        """Bytes that a worker to be started will hold.
 
-    def measure(self) -> int | None:
-        """Bytes its worker holds now, mapped files included."""
-        held = held_bytes(self.process.pid) if self.process is not None and self.process.pid else None
-        total = sum(held or (0, 0))
-        if total:  # of a process that has just died the kernel says nothing
-            self.measured = total
-        return self.measured if self.process is not None else None
+        Not what the last one held in the end: requests made it grow, by memory that allocators keep.
+        """
+        return self.estimate if self.fresh is None else self.fresh
+
+    def held(self) -> int:
+        """Bytes of all its living workers now, mapped files included; of one that loads at least what it will hold."""
+        total = sum(process.held() or self.size() for process in self.processes)
+        if self.starting is not None:
+            return total + max(self.size(), self.starting.held() or 0)
+        return total + (self.size() if self.process is None and not self.unloaded else 0)
+
+    async def look(self) -> None:
+        """See how large what lies in the folder now is: it may be another build than the one that was loaded last.
+
+        Raises:
+            ToolError: it cannot be read.
+        """
+        _, self.estimate = await asyncio.to_thread(reader_of, self.settings)
+        if generation_of(self.settings.folder) != self.generation:
+            self.fresh = None
 
     async def load(self) -> None:
         """Start a worker where there is none.
@@ -175,37 +169,39 @@ class Model:
                 self.unloaded = False
                 await self._replace()
 
-    async def _started(self) -> tuple[Process, Pipeline]:
-        """A worker on what lies in the folder now, and what checks its requests.
+    async def _started(self) -> tuple[Process, Pipeline, int]:
+        """A worker on what lies in the folder now, and of that what `reader_of` says.
 
         Raises:
             LoadFailed, ToolError: it cannot be loaded.
         """
         process = Process(watchdog=self.settings.watchdog, ended=self._ended, pulsed=self._pulsed)
+        self.starting = process
         try:
             await process.start(self.settings.load_message(), self.settings.loading)
-            reader = await asyncio.to_thread(reader_of, self.settings)
+            reader, estimate = await asyncio.to_thread(reader_of, self.settings)
         except BaseException:
             await process.kill()
             raise
+        finally:
+            self.starting = None
         if not process.alive:
             raise LoadFailed("the worker died as soon as it had loaded its artifact")
-        return process, reader
+        return process, reader, estimate
 
     async def _replace(self) -> None:
         """Start a worker on what lies in the folder now, and give it what comes from here on."""
         before = generation_of(self.settings.folder)
         try:
-            process, reader = await self._started()
+            process, self.reader, self.estimate = await self._started()
         except Exception:
-            self.failures, self.refused = self.failures + 1, before
+            self.failures += 1
             raise
         old, self.process = self.process, process
-        self.reader, self.generation, self.used = reader, before, time.monotonic()
+        self.generation, self.used, self.fresh = before, time.monotonic(), process.held()
         self.yielding = self.unloaded = False
         if old is not None:
             self.leave(old)
-        self.measure()
         LOG.info("%s: worker %s loaded in %.1f s", self.name, process.pid, process.facts["seconds"])
         self.changed()
 
@@ -268,22 +264,16 @@ class Model:
             else:
                 return
 
-    async def watch(self) -> None:
-        """Serve a new build as soon as it has taken the folder's place; if it cannot be loaded, the old one."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            found = generation_of(self.settings.folder)
-            if self.process is None or found is None or found in (self.generation, self.refused):
-                continue
-            async with self.lock:
-                if self.process is None:
-                    continue
-                try:
-                    await self._replace()
-                    self.swaps += 1
-                except Exception as error:
-                    said = self.said(error)
-                    LOG.error("%s: the new build cannot be loaded, the old one stays: %s", self.name, said)  # noqa: TRY400
+    async def swap(self) -> None:
+        """Let a worker on what lies in the folder now take over, if there is one to take over from.
+
+        Raises:
+            LoadFailed, ToolError: it cannot be loaded; the old one stays.
+        """
+        async with self.lock:
+            if self.process is not None:
+                await self._replace()
+                self.swaps += 1
 
     def spawn(self, work: Any) -> None:
         """Run something beside."""

@@ -234,6 +234,8 @@ def router(room: Room) -> APIRouter:
         """The served artifacts."""
         return {"object": "list", "data": [model_facts(model) for model in room.hub.models.values()]}
 
+    routes.add_api_route("/v1/models", models, methods=["HEAD"], include_in_schema=False)
+
     @routes.get("/v1/models/{name}")
     async def model(name: Annotated[str, "a served artifact's name"]) -> dict[str, Any]:
         """One served artifact."""

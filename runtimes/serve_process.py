@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from intaglio.profiles.errors import ToolError
+from intaglio.runtimes.private_memory import held_bytes
 from intaglio.runtimes.serve_wire import WireError, packed, receive
 
 LOG = logging.getLogger("intaglio.serve")
@@ -59,6 +60,11 @@ class Process:
         """Of the process."""
         return self.child.pid if self.child is not None else None
 
+    def held(self) -> int | None:
+        """Bytes it holds, mapped files included; of one that has just died the kernel says nothing."""
+        found = held_bytes(self.pid) if self.pid is not None else None
+        return sum(found) or None if found is not None else None
+
     async def start(self, load: Mapping[str, Any], patience: float | None = None) -> dict[str, Any]:
         """Start it and let it load, for `patience` seconds; what it says of what it loaded.
 
@@ -72,7 +78,7 @@ class Process:
             start_new_session=True,  # Ctrl-C is for the server, which lets the workers end what they began
         )  # fmt: skip
         self.tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
-        self.send({"do": "load", **load})
+        self.send({"do": "load", "quiet": self.watchdog / 4, **load})
         try:
             self.facts = await asyncio.wait_for(self.loading, patience)
         except TimeoutError:
@@ -96,8 +102,6 @@ class Process:
     def run(self, ident: str, message: Mapping[str, Any], receiver: Receiver) -> None:
         """Begin a request."""
         self.receivers[ident] = receiver
-        if len(self.receivers) == 1:
-            self.heard = time.monotonic()  # nothing was expected of it until now
         self.send({"do": "run", "id": ident, **message})
 
     def cancel(self, ident: str) -> None:
@@ -126,6 +130,8 @@ class Process:
         if event == "pulse":
             self.pulse = header
             self.pulsed(header["running"] > 0)
+        elif event == "call":
+            pass  # that it was said is all it says
         elif event in ("loaded", "failed"):
             assert self.loading is not None
             if not self.loading.done():
@@ -143,12 +149,16 @@ class Process:
             receiver({"event": event, **header}, blobs)
 
     async def _watch(self) -> None:
-        """Kill a worker that has requests and says nothing for too long, and stop listening to one that is dead."""
+        """Kill a worker that says nothing for too long, and stop listening to one that is dead.
+
+        One at rest pulses too. Were it watched only while it has requests, one that hangs would be found only by
+        requests whose deadline is later than that.
+        """
         assert self.child is not None
         silent = 0
         while self.child.returncode is None:
             await asyncio.sleep(min(1.0, self.watchdog / 4))
-            late = bool(self.receivers) and time.monotonic() - self.heard > self.watchdog
+            late = self.alive and time.monotonic() - self.heard > self.watchdog
             silent = silent + 1 if late else 0
             if silent > 1:  # not at once: it may be this process that did not run, and what was said waits in the pipe
                 self.reason = HUNG

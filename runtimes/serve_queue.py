@@ -50,13 +50,13 @@ class FairQueue(Generic[T]):
         """How many more may wait."""
         return self.limit - self.count
 
-    def put(self, item: T) -> None:
-        """Let it wait.
+    def put(self, item: T, *, anyway: bool = False) -> None:
+        """Let it wait; `anyway`: though the queue be full.
 
         Raises:
             IndexError: there is no room.
         """
-        if self.count >= self.limit:
+        if self.count >= self.limit and not anyway:
             raise IndexError(self.limit)
         self.levels[item.priority].setdefault(item.client, deque()).append(item)
         self.count += 1

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from intaglio.profiles.registry import pick, suggestion
 from intaglio.runtimes.infotext import infotext
 from intaglio.runtimes.picture_files import PICTURE_FORMATS, QUALITY
+from intaglio.runtimes.sampling import LARGEST_SEED
 from intaglio.runtimes.schedulers import default_name
 from intaglio.runtimes.serve_errors import BadRequest, ServeError
 from intaglio.runtimes.serve_hub import Hub
-from intaglio.runtimes.serve_limits import Limits
+from intaglio.runtimes.serve_limits import Limits, shown
 from intaglio.runtimes.serve_queue import PRIORITIES
 from intaglio.runtimes.serve_ticket import Order, Picture, Ticket
 
@@ -70,10 +71,14 @@ class Wish:
 
 
 class Room:
-    """What routes work with: the hub, the limits, and the names of clients."""
+    """What routes work with: the hub, the limits, and the names of clients.
 
-    def __init__(self, hub: Hub, limits: Limits) -> None:
-        self.hub, self.limits = hub, limits
+    Attributes:
+        owners: of keys; 0 where none is asked for.
+    """
+
+    def __init__(self, hub: Hub, limits: Limits, *, owners: int = 0) -> None:
+        self.hub, self.limits, self.owners = hub, limits, owners
 
     def order(self, request: Request, wish: Wish) -> Order:
         """A wish within the limits, complete.
@@ -95,12 +100,15 @@ class Room:
             raise BadRequest(f"{wish.count} pictures are not allowed: 1 or more", param="n")
         width = shapes["width"].opt if wish.width is None else wish.width
         height = shapes["height"].opt if wish.height is None else wish.height
-        limits.check("pixels", width * height, f"{width}x{height} pixels", "size")
+        limits.check("pixels", width * height, f"{shown(width)}x{shown(height)} pixels", "size")
         steps = settings["num_inference_steps"] if wish.num_inference_steps is None else wish.num_inference_steps
         limits.check("steps", steps, "num_inference_steps", "num_inference_steps")
         seed = secrets.randbelow(RANDOM_SEEDS) if wish.seed is None else wish.seed
+        if seed + wish.count > LARGEST_SEED:
+            message = f"seed: {seed} is not allowed for {wish.count} pictures: the last one's is at most 2**64 - 1"
+            raise BadRequest(message, param="seed")
         sampler = model.reader.sampler
-        check_further(wish, sampler)
+        check_further(wish, sampler, limits)
         parameters: dict[str, Any] = {
             **wish.parameters,
             **self.guidance(sampler, wish),
@@ -114,10 +122,10 @@ class Room:
         scale = parameters["guidance_scale"]
 
         def texts(seed: int) -> dict[str, str]:
-            shown = {**parameters, "seed": seed, "scheduler": wish.scheduler or default_name(sampler.scheduler_config)}
-            shown["guidance_scale"] = settings["guidance_scale"] if scale is None else scale
+            said = {**parameters, "seed": seed, "scheduler": wish.scheduler or default_name(sampler.scheduler_config)}
+            said["guidance_scale"] = settings["guidance_scale"] if scale is None else scale
             digest = model.reader.artifact.manifest.digest
-            return {"parameters": infotext(wish.prompt, shown, model=model.name, digest=digest)}
+            return {"parameters": infotext(wish.prompt, said, model=model.name, digest=digest)}
 
         return Order(
             prompt=wish.prompt,
@@ -206,20 +214,26 @@ def magnitude(value: Any) -> float:
         return 0.0
 
 
-def check_further(wish: Wish, sampler: Any) -> None:
+def check_further(wish: Wish, sampler: Any, limits: Limits) -> None:
     """Refuse among the further parameters what is not the family's own: `Pipeline.request` has words of its own.
 
     Raises:
-        BadRequest: ``seed`` or ``count``, which would pass by the limits.
+        BadRequest: ``seed`` or ``count``, which would pass by the limits; a text that is longer than prompts may be;
+            true or false for a number, which Python would take for 1 or 0.
     """
-    for name in wish.parameters:
-        if name not in sampler.all_parameters:
-            allowed = ", ".join(sampler.all_parameters)
-            near = suggestion(name, sampler.all_parameters)
+    declared = sampler.all_parameters
+    for name, value in wish.parameters.items():
+        if name not in declared:
+            allowed, near = ", ".join(declared), suggestion(name, declared)
             family = sampler.manifest.family
             raise BadRequest(
                 f"{name!r} is not a parameter of the family {family}; allowed: {allowed}.{near}", param="parameters"
             )
+        field = f"parameters.{name}"
+        if isinstance(value, str):
+            limits.check("prompt_bytes", utf8_bytes(value, field), field, field)
+        if isinstance(value, bool) and declared[name].kind in (int, float):
+            raise BadRequest(f"{field}: a number is allowed here, not true or false", param=field)
 
 
 def pick_form(form: str) -> None:

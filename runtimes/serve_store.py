@@ -2,7 +2,8 @@
 
 They lie in a private folder (mode 0700) that goes when the server ends: nothing survives a restart, and a server that
 is killed leaves the folder to the system's cleaning of temporary files. A file is its sender's: others, who have
-another key or come from another address, are told that there is none.
+another key or come from another address, are told that there is none. Where several have keys, each may hold half of
+what may be kept at most, so that nobody alone leaves no room for the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.runtimes.serve_errors import BadRequest, NotFound
-from intaglio.runtimes.serve_limits import Limits
+from intaglio.runtimes.serve_limits import LIMITS, Limits
 
 
 class Expiry(BaseModel):
@@ -62,11 +63,16 @@ class Stored:
 
 
 class Store:
-    """The files of all clients."""
+    """The files of all clients.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits, self.files = limits, dict[str, Stored]()
-        self.arriving = self.arriving_bytes = 0
+    Args:
+        limits: of files and bytes.
+        owners: who may hold some; 2 or more: each at most half.
+    """
+
+    def __init__(self, limits: Limits, *, owners: int = 0) -> None:
+        self.limits, self.owners, self.files = limits, owners, dict[str, Stored]()
+        self.arriving: list[tuple[str, int]] = []  # owner, bytes
         self.holder: tempfile.TemporaryDirectory[str] | None = None
 
     def new_path(self) -> Path:
@@ -82,31 +88,43 @@ class Store:
             if stored.expires_at is not None and stored.expires_at <= now and not stored.users:
                 self.remove(stored)
 
-    def check(self, files: int, size: int) -> None:
-        """Refuse more than there is room for.
+    def check(self, owner: str, files: int, size: int) -> None:
+        """Refuse more than there is room for, of all clients or of this one.
 
         Raises:
             BadRequest, TooLarge: of files, or of bytes.
         """
         self.sweep()
-        number = len(self.files) + self.arriving + files
-        held = sum(stored.size for stored in self.files.values()) + self.arriving_bytes + size
-        self.limits.check("batch_files", number, "files kept, delete some: their number with this")
-        self.limits.check("batch_held_bytes", held, "files kept, delete some: their bytes with this")
+        held = [(stored.owner, stored.size) for stored in self.files.values()] + self.arriving
+        own = [bytes_ for holder, bytes_ in held if holder == owner]
+        number, total = len(held) + files, sum(bytes_ for _, bytes_ in held) + size
+        self.check_share("batch_files", number, len(own) + files, "files kept, delete some: their number with this")
+        self.check_share("batch_held_bytes", total, sum(own) + size, "files kept, delete some: their bytes with this")
+
+    def check_share(self, limit: str, everybodys: int, own: int, what: str) -> None:
+        """Refuse more than a limit, or than an owner's half of it.
+
+        Raises:
+            ServeError: of the limit's kind.
+        """
+        self.limits.check(limit, everybodys, what)
+        half = -(-self.limits[limit] // 2)
+        if self.owners > 1 and own > half:
+            raise LIMITS[limit].error(f"{what}: {own} is more than the {half} that one of several keys may have")
 
     @contextlib.contextmanager
-    def arrival(self, size: int) -> Iterator[None]:
+    def arrival(self, owner: str, size: int) -> Iterator[None]:
         """Keep room for a file that is being sent.
 
         Raises:
             BadRequest, TooLarge: there is none.
         """
-        self.check(1, size)
-        self.arriving, self.arriving_bytes = self.arriving + 1, self.arriving_bytes + size
+        self.check(owner, 1, size)
+        self.arriving.append((owner, size))
         try:
             yield
         finally:
-            self.arriving, self.arriving_bytes = self.arriving - 1, self.arriving_bytes - size
+            self.arriving.remove((owner, size))
 
     def add(self, path: Path, owner: str, filename: str, purpose: str, expires: Expiry | None) -> Stored:
         """Keep a file that lies at a `new_path`."""
@@ -129,7 +147,7 @@ class Store:
         Raises:
             TooLarge: there is no room for it.
         """
-        self.check(0, len(data))
+        self.check(stored.owner, 0, len(data))
         with stored.path.open("ab") as file:
             file.write(data)
         stored.size += len(data)

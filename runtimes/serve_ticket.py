@@ -33,7 +33,7 @@ class Order:
         parameters: of `Pipeline.request`, without ``count``; the seed is among them.
         form, compression: of PICTURE_FORMATS, and 0 to 100 for those that lose something.
         texts: from a picture's seed to what its PNG carries, by key.
-        previews: how many of the steps are shown, evenly spread; of the first picture.
+        previews: how many of the steps are shown, evenly spread; of the first picture. Only where events are read.
         client: who asks; turns are theirs.
         priority: a value of PRIORITIES.
         deadline: seconds from arrival; ``None``: the server's.
@@ -186,9 +186,9 @@ class Ticket:
             self.events.put_nowait({"event": "step", "picture": job.index, **event, "progress": self.progress})
         elif kind == "preview":
             self.preview = blobs[0]
-            self.events.put_nowait(
-                {"event": "preview", "picture": job.index, "index": event["index"], "data": blobs[0]}
-            )
+            if self.order.previews:  # else it was asked for by `show`, and nobody may read the events
+                told = {"event": "preview", "picture": job.index, "index": event["index"], "data": blobs[0]}
+                self.events.put_nowait(told)
         elif kind == "done":
             self._done(job, event, blobs)
         elif event["kind"] == "unseen":

@@ -1,5 +1,5 @@
 """OpenTelemetry spans, where they are asked for: one a request, with children ``queue``, ``encode``, ``denoise`` and
-``decode`` for each of its pictures.
+``decode`` for each of its pictures. A line of a batch, which no request waits for, has a span of its own like that.
 
 Attributes have the names of the semantic conventions of HTTP servers and of generative AI (``gen_ai.*``; it has no
 operation of its own for pictures: ``generate_content`` with ``gen_ai.output.type`` ``image``). W3C Trace Context comes
@@ -61,6 +61,7 @@ class Traces:
         self.tracer, self.prompts = provider.get_tracer("intaglio", __version__), prompts
         self.begun: dict[str, float] = {}  # job -> when its worker began it
         self.spans: dict[str, Any] = {}  # request for pictures -> the span it belongs to
+        self.own: set[str] = set()  # those of them that are nobody's request
         self.listeners: dict[str, Callable[..., None]] = {
             "asked": self.asked, "accepted": self.accepted, "begun": self.left_queue, "picture": self.picture,
             "ended": self.ended, "answered": self.answered,
@@ -91,12 +92,15 @@ class Traces:
 
     def accepted(self, ticket: Any) -> None:
         """A request for pictures was taken: it says what the span is about."""
-        scope = asked.get()
-        span = scope["state"].get("span") if scope is not None else None
-        if scope is None or span is None:
-            return
-        order, name = ticket.order, ticket.model.name
-        scope["state"]["ticket_of_span"] = ticket
+        scope, order, name = asked.get(), ticket.order, ticket.model.name
+        if scope is None:
+            span = self.tracer.start_span(OPERATION)
+            self.own.add(ticket.ident)
+        else:
+            span = scope["state"].get("span")
+            if span is None:
+                return
+            scope["state"]["ticket_of_span"] = ticket
         self.spans[ticket.ident] = span
         span.update_name(f"{OPERATION} {name}")
         width, height = ticket.size
@@ -153,6 +157,9 @@ class Traces:
         if span is not None and ticket.error is not None:
             self.fail(span, ticket.error.code, ticket.error.status)
         self.spans.pop(ticket.ident, None)
+        if span is not None and ticket.ident in self.own:
+            self.own.remove(ticket.ident)
+            span.end()
 
     def answered(self, scope: Scope, status: int | None, seconds: float) -> None:
         """A request was answered: its span is over."""

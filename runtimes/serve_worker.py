@@ -6,7 +6,8 @@ ends the process when the last request has ended. It also ends when stdin does, 
 
 Events: ``loaded`` or ``failed``; ``seen`` (a request is looked at from here on), ``step``, ``preview`` (a PNG),
 ``done`` (the pictures) or ``error`` of a request; ``pulse`` after rounds that were not told of
-otherwise and once a second when there is nothing to do: to hear something is what the watchdog waits for.
+otherwise and once a second when there is nothing to do, ``call`` within a round that lasts longer: to hear something is
+what the watchdog waits for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
-import re
 import signal
 import sys
 import threading
@@ -25,14 +25,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from intaglio.profiles.errors import NumericsError, ToolError, Unsupported, UsageError
 from intaglio.profiles.registry import resolve
 from intaglio.runtimes.batching import Batcher, Outcome
 from intaglio.runtimes.embedding_cache import EmbeddingCache
-from intaglio.runtimes.infotext import stopped
 from intaglio.runtimes.picture_files import picture_bytes
 from intaglio.runtimes.previews import DECODERS, PREVIEW
 from intaglio.runtimes.serve_errors import without_paths
+from intaglio.runtimes.serve_faults import Faults, ending, said
 from intaglio.runtimes.serve_wire import packed, read
 
 if TYPE_CHECKING:
@@ -43,36 +42,6 @@ if TYPE_CHECKING:
 LOADER = "intaglio.runtimes.pipeline:load"
 PULSE_SECONDS, BUSY_SECONDS = 1.0, 0.25  # between pulses: at rest, and while events of requests say as much
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-NO_MEMORY = re.compile(r"bad.?alloc|out of memory|failed to allocate|cannot allocate memory", re.IGNORECASE)
-# Errors by kind: the client's, the checkpoint's, the machine's; everything else is a defect.
-KINDS: tuple[tuple[type[BaseException], str], ...] = (
-    (UsageError, "user"),
-    (Unsupported, "user"),
-    (NumericsError, "numerics"),
-    (MemoryError, "memory"),
-    (ToolError, "engine"),
-)
-
-
-def said(error: BaseException, folder: str = "") -> tuple[str, str]:
-    """The kind of an error, and what a client may read of it: never a path, nothing of a defect but that it is one.
-
-    Engines say that there is no memory in words of their own.
-    """
-    kind = next((word for cls, word in KINDS if isinstance(error, cls)), "internal")
-    if kind == "internal" and NO_MEMORY.search(str(error)):
-        kind = "memory"
-    if kind == "internal":
-        return kind, "the engine failed"
-    if kind == "memory":
-        return kind, "there was not enough memory for this request; ask for fewer pixels or pictures"
-    return kind, without_paths(str(error), folder)
-
-
-def ending(parameters: Mapping[str, Any]) -> str:
-    """What the text of a picture has at its end, where the denoising was ended early."""
-    steps = parameters.get("stopped_after_steps")
-    return stopped("", steps) if steps else ""
 
 
 class Worker:
@@ -93,6 +62,8 @@ class Worker:
         self.noted: dict[str, list[str]] = {}
         self.stopping, self.folder = False, ""
         self.told, self.pulsed = 0, 0.0  # events so far; when the last pulse was
+        self.spoke, self.quiet = 0.0, PULSE_SECONDS  # when the last event was; seconds after which another is due
+        self.faults = Faults()
 
     def tell(self, event: str, blobs: Sequence[bytes] = (), **fields: Any) -> None:
         """Send an event."""
@@ -100,16 +71,17 @@ class Worker:
         with self.lock:
             self.out.write(data)
             self.out.flush()
-        self.told += 1
+        self.told, self.spoke = self.told + 1, time.monotonic()
 
     def load(self, message: Mapping[str, Any]) -> None:
         """Load the artifact; ``facts`` are what the server wants to know of it."""
         start, self.folder = time.perf_counter(), message["folder"]
+        self.quiet = min(PULSE_SECONDS, message["quiet"])
         options = dict(message["options"])
         try:
             self.pipeline = resolve(message.get("loader") or LOADER)(message["folder"], **options)
             cache = EmbeddingCache(limit=message["cache_bytes"])
-            self.batcher = Batcher(self.pipeline, rows=message.get("rows"), cache=cache)
+            self.batcher = Batcher(self.pipeline, rows=message.get("rows"), cache=cache, between=self.between)
             if PREVIEW in self.pipeline.artifact.manifest.components:
                 self.pipeline.engines[PREVIEW]  # loads it: later the folder may be another build
         except Exception as error:
@@ -138,11 +110,16 @@ class Worker:
 
     def stepped(self, ident: str, event: StepEvent) -> None:
         """Tell of a step, and show what it sees where that is wanted."""
+        self.faults.step()
         wish = self.wishes[ident]
         self.tell("step", id=ident, index=event.index, total=event.total, seconds=event.seconds)
         if event.index in wish["previews"] or wish.pop("preview", False):
             small = PREVIEW in self.pipeline.artifact.manifest.components
-            picture = event.preview(PREVIEW if small else DECODERS[0])[0]
+            try:
+                picture = event.preview(PREVIEW if small else DECODERS[0])[0]
+            except Exception as error:  # early latents may decode to nothing; the picture itself still comes
+                self.print_error(error)
+                return
             form, compression = wish["form"], wish["compression"]
             self.encoder.submit(self.send_preview, ident, event.index, picture, form, compression)
 
@@ -153,35 +130,37 @@ class Worker:
         except Exception as error:  # the picture itself may still come
             self.print_error(error)
 
-    def ended(self, outcome: Outcome) -> None:
-        """Send a request's result or error."""
+    def ended(self, outcome: Outcome) -> str:
+        """Send a request's result or error; the kind of the error."""
         wish = self.wishes.pop(outcome.ident)
         notes = self.noted.pop(outcome.ident, [])
         if outcome.error is None:
             self.encoder.submit(self.send_done, outcome, wish, notes)
-            return
-        kind, text = said(outcome.error, self.folder)
+            return ""
+        return self.send_error(outcome.ident, outcome.error, notes)
+
+    def send_error(self, ident: str, error: Exception, notes: list[str]) -> str:
+        """Send why there is no picture; the kind of the error."""
+        kind, text = said(error, self.folder)
         if kind == "internal":
-            self.print_error(outcome.error)
-        self.tell("error", id=outcome.ident, kind=kind, message=text, warnings=notes)
+            self.print_error(error)
+        self.tell("error", id=ident, kind=kind, message=text, warnings=notes)
+        return kind
 
     def send_done(self, outcome: Outcome, wish: Mapping[str, Any], notes: list[str]) -> None:
-        """Encode the pictures and send them."""
-        result = outcome.result
-        assert result is not None
+        """Encode the pictures and send them. Nobody sees what is raised here: all of it is answered as an error."""
         try:
+            result = outcome.result
+            assert result is not None
             texts = {k: t + ending(result.parameters) for k, t in wish["texts"].items()}
             blobs = [picture_bytes(i, wish["form"], wish["compression"], texts) for i in result.images]
+            parameters = {k: v for k, v in result.parameters.items() if k not in ("prompt", "negative_prompt")}
+            self.tell(
+                "done", blobs, id=outcome.ident, seconds=result.seconds, parameters=parameters, warnings=notes,
+                size=list(result.images[0].size),
+            )  # fmt: skip
         except Exception as error:
-            kind, text = said(error, self.folder)
-            self.print_error(error)
-            self.tell("error", id=outcome.ident, kind=kind, message=text, warnings=notes)
-            return
-        parameters = {k: v for k, v in result.parameters.items() if k not in ("prompt", "negative_prompt")}
-        self.tell(
-            "done", blobs, id=outcome.ident, seconds=result.seconds, parameters=parameters, warnings=notes,
-            size=list(result.images[0].size),
-        )  # fmt: skip
+            self.send_error(outcome.ident, error, notes)
 
     def print_error(self, error: BaseException) -> None:
         """The traceback of a defect, for the log: its frames, and of its message nothing, which may quote a prompt."""
@@ -222,7 +201,7 @@ class Worker:
         while not (self.stopping and not self.wishes):
             busy = self.batcher is not None and len(self.batcher) > 0
             try:
-                message = self.inbox.get(block=not busy, timeout=PULSE_SECONDS)
+                message = self.inbox.get(block=not busy, timeout=self.quiet)
             except queue.Empty:
                 self.advance()
                 continue
@@ -232,14 +211,27 @@ class Worker:
         self.encoder.shutdown(wait=True)
 
     def advance(self) -> None:
-        """One round, and a pulse, which a round may lack that was told of otherwise: each wakes the server."""
+        """One round, and a pulse, which a round may lack that was told of otherwise: each wakes the server.
+
+        Raises:
+            SystemExit: the engines are past help; what is under way is lost with them.
+        """
         if self.batcher is None:
             return
         told = self.told
         for outcome in self.batcher.advance() if len(self.batcher) else ():
-            self.ended(outcome)
+            self.faults.failed(self.ended(outcome))
+        if self.faults.hopeless:
+            print(f"{self.faults.count} requests in a row failed in an engine: the worker ends", file=sys.stderr)
+            self.encoder.shutdown(wait=True)
+            raise SystemExit(1)
         if self.told == told or not len(self.batcher) or time.monotonic() - self.pulsed > BUSY_SECONDS:
             self.pulse()
+
+    def between(self) -> None:
+        """A call is over, of perhaps several in this round, in which the server would hear nothing."""
+        if time.monotonic() - self.spoke > self.quiet:
+            self.tell("call")
 
     def pulse(self) -> None:
         """Tell what the batcher has done so far."""
@@ -271,6 +263,7 @@ def end_with_parent() -> None:
 def main() -> int:
     """Serve until told to stop."""
     end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all of a service; the server says when to end
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
@@ -283,7 +276,7 @@ def main() -> int:
         worker.serve()
         code = 0
     except SystemExit:
-        pass  # `load` has said why
+        pass  # who raised it has said why
     except BaseException as error:
         worker.print_error(error)
     os._exit(code)  # the thread that reads stdin cannot be ended

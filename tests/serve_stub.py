@@ -125,8 +125,10 @@ ACTS = {
 
 
 def haunted(work, prompt):
-    """A request's work (see `Sampler.work`) with its act."""
+    """A request's work (see `Sampler.work`) with its act; ``broken`` fails at once."""
     answer, count, act = None, 0, ACTS.get(prompt.split(" ")[0])
+    if prompt == "broken":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     while True:
         try:
             wanted = work.send(answer)
@@ -166,6 +168,62 @@ async def started(*folders, seconds=0.002, hub=None, **model):
         yield made
     finally:
         await made.close(1)
+
+
+class Worker:
+    """A worker without a process: it holds `size` bytes, and does nothing until told how a picture ended."""
+
+    def __init__(self, size=0):
+        self.size, self.alive, self.warm, self.expected, self.pid = size, True, True, False, None
+        self.receivers, self.pulse = {}, {}
+        self.facts, self.gone = {"seconds": 0.0}, asyncio.Event()
+        self.gone.set()  # it leaves as soon as it may
+
+    def held(self):
+        return self.size
+
+    def run(self, ident, message, receiver):
+        self.receivers[ident] = receiver
+
+    def cancel(self, ident):
+        self.receivers.pop(ident, None)
+
+    async def stop(self, patience):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.gone.wait(), patience)
+
+    async def kill(self):
+        pass
+
+
+@contextlib.asynccontextmanager
+async def imagined(*folders, size=100, loaded=None, hub=None, **model):
+    """A started hub of such workers, of which the first `loaded` are there; on disk each artifact is `size` bytes."""
+    from intaglio.runtimes.serve_hub import Hub, HubSettings
+    from intaglio.runtimes.serve_model import ModelSettings
+
+    models = [ModelSettings(name=Path(f).name, folder=Path(f), backend="null", **model) for f in folders]
+    made = Hub(models, HubSettings(**(hub or {})))
+
+    def prepare(one):
+        async def start():
+            await asyncio.sleep(0)
+            return Worker(size), one.reader, size
+
+        async def look():
+            pass
+
+        one.estimate, one._started, one.look = size, start, look
+
+    for number, one in enumerate(made.models.values()):
+        prepare(one)
+        if loaded is None or number < loaded:
+            await one.load()
+    made.started = True
+    try:
+        yield made
+    finally:
+        await made.close(0)
 
 
 def order(prompt="heart", *, steps=4, seed=0, **rest):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import re
 import shlex
@@ -20,9 +21,10 @@ import yaml
 from serving import LINE, serving
 from test_install import closure, link_packages
 
-from intaglio.runtimes import batch_cli, ray_serve, serve_app, serve_cli
+from intaglio.profiles.family import parse_assignments
+from intaglio.runtimes import batch_cli, ray_serve, serve_app, serve_cli, serve_model
 from intaglio.runtimes.serve_errors import ServeError
-from intaglio.runtimes.serve_limits import LIMITS
+from intaglio.runtimes.serve_limits import LIMITS, Limits
 from intaglio.runtimes.serve_metrics import COUNTED, READ
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,10 +142,15 @@ def test_the_commands_in_the_documents_are_commands(server, tmp_path):
             configure = {"serve": serve_cli.configure, "batch": batch_cli.configure}[words[1]]
             parser_of(configure).parse_args(words[2:])
         else:
-            assert words[0] in ("pip", "podman", "export", "ray", "serve"), line
+            assert words[0] in ("pip", "podman", "kubectl", "export", "ray", "serve"), line
             continue
         ran += 1
     assert ran >= 5
+
+
+def check_mount(mount, artifacts):
+    """None is the mount itself, which would stay with the old folder when a new build takes over the name."""
+    assert all(Path(artifact).parent == Path(mount) for artifact in artifacts)
 
 
 def container(word):
@@ -163,6 +170,7 @@ def test_the_image_has_the_server_one_engine_and_no_framework():
     assert command[:2] == ["intaglio", "serve"]
     args = parser_of(serve_cli.configure).parse_args(command[2:])
     assert args.backend == engine
+    check_mount("/artifacts", args.artifact)
     assert args.host not in serve_cli.LOOPBACK
     assert args.api_key_file
     assert not args.no_key
@@ -222,6 +230,12 @@ def pod():
     return deployment["spec"]["template"]["spec"]
 
 
+def arguments_of(pod):
+    return parser_of(serve_cli.configure).parse_args(
+        [*json.loads(container("ENTRYPOINT")[0])[2:], *pod["containers"][0]["args"]]
+    )
+
+
 def test_kubernetes_probes_ask_what_the_server_answers(pod, server):
     (container,) = pod["containers"]
     paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
@@ -233,7 +247,7 @@ def test_kubernetes_probes_ask_what_the_server_answers(pod, server):
 
 def test_kubernetes_waits_longer_than_the_server_drains(pod):
     (container,) = pod["containers"]
-    args = parser_of(serve_cli.configure).parse_args(["/artifact", *container["args"]])
+    args = arguments_of(pod)
     before = float(container["lifecycle"]["preStop"]["exec"]["command"][-1])
     ending = before + args.drain + serve_cli.GOODBYE + serve_app.PATIENCE
     assert pod["terminationGracePeriodSeconds"] > ending
@@ -241,8 +255,34 @@ def test_kubernetes_waits_longer_than_the_server_drains(pod):
     assert pod["securityContext"]["runAsNonRoot"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
-    assert mounts["/artifact"]
+    assert mounts["/artifacts"]
+    assert not any("subPath" in mount for mount in container["volumeMounts"])
+    check_mount("/artifacts", args.artifact)
     assert args.api_key_file.startswith(tuple(mounts))
+
+
+def test_kubernetes_gives_a_worker_the_time_to_load_that_the_server_gives_it(pod):
+    probe = pod["containers"][0]["startupProbe"]
+    (loading,) = (field.default for field in dataclasses.fields(serve_model.ModelSettings) if field.name == "loading")
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= loading
+
+
+def test_files_of_batches_fit_where_they_lie(pod):
+    """In Kubernetes a pod is evicted that writes more; in the line of podman it is memory."""
+    (tmp,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "tmp")
+    (podman,) = (
+        line for block in blocks(DEPLOY, "sh") if "podman run" in block for line in [block.replace("\\\n", "")]
+    )
+    words = shlex.split(podman)
+    mounts = [words[index + 1].split(":")[:2] for index, word in enumerate(words) if word == "-v"]
+    served = parser_of(serve_cli.configure).parse_args(words[words.index("intaglio") + 1 :])
+    check_mount(mounts[0][1], served.artifact)
+    assert served.api_key_file == mounts[1][1]
+    size = words[words.index("--tmpfs") + 1].partition("size=")[2]
+    for room, args in ((tmp.removesuffix("i"), arguments_of(pod)), (size.upper(), served)):
+        limits = Limits(parse_assignments(args.limit))
+        assert limits["batch_held_bytes"] * 2 <= int(room.removesuffix("G")) * 2**30
+        assert limits["batch_held_bytes"] >= limits["batch_bytes"]
 
 
 def test_rays_file_is_an_application_with_our_arguments():
@@ -251,6 +291,8 @@ def test_rays_file_is_an_application_with_our_arguments():
     assert serve_app.resolve(application["import_path"]) is ray_serve.app
     args = ray_serve.read(application["args"])
     assert args.max_replicas > args.replicas
+    assert args.api_key_file
+    assert not args.no_key
     assert found["http_options"]["host"] == "127.0.0.1"
     schema = pytest.importorskip("ray.serve.schema")
     schema.ServeDeploySchema.model_validate(found)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import inspect
+import io
 import json
+import logging
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from intaglio.bench import evidence, evidence_ray
 from intaglio.profiles.errors import UsageError
-from intaglio.runtimes import batch_cli, ray_batch, ray_serve
+from intaglio.runtimes import ray_asgi, ray_serve, serve_guard
 
 FILE = evidence.ROOT / evidence.FOLDER / "ray.json"
 RETURN_SECONDS = 60.0  # until a replica that was killed is back; measured 4 to 14
@@ -25,7 +32,7 @@ def without(*modules):
 
 
 def options(**given):
-    return ray_serve.options(ray_serve.read({"artifact": "a", **given}))
+    return ray_serve.options(ray_serve.read({"artifact": "a", "no_key": True, **given}))
 
 
 def test_ray_is_told_our_own_limits():
@@ -51,7 +58,7 @@ def test_yaml_and_the_command_line_say_the_same():
     words = ray_serve.read(typed)
     assert (words.artifact, words.threads, words.no_key, words.allowed_host) == (["a=/x", "b=/y"], 2, True, ["h"])
     assert words.limit == ["steps=9"]
-    assert ray_serve.read({"artifact": "/x", "threads": "2", "no_key": "false"}).no_key is False
+    assert ray_serve.read({"artifact": "/x", "no_key": "false", "api_key_file": "k"}).no_key is False
 
 
 @pytest.mark.parametrize(
@@ -65,12 +72,117 @@ def test_yaml_and_the_command_line_say_the_same():
         ({"artifact": "a", "no_key": "perhaps"}, "no_key"),
         ({"artifact": "a", "replicas": 3, "max_replicas": 2}, "max_replicas"),
         ({"artifact": "a", "num_gpus": -1}, "num_gpus"),
-        ({"artifact": "a", "allowed_host": "example.org"}, "api_key_file"),
+        ({"artifact": "a", "concurrency": 0}, "concurrency"),
+        ({"artifact": "a", "drain": -1}, "drain"),
+        ({"artifact": "a", "drain": "inf"}, "drain"),
+        ({"artifact": "a", "limit": ["steps=none"]}, "steps=none"),
+        ({"artifact": "a", "limit": ["stepps=1"]}, "stepps"),
+        ({"artifact": "a", "limit": ["connections=5"]}, "Ray's proxy"),
+        ({"artifact": "a", "memory": "much"}, "--memory"),
+        ({"artifact": ["x=a", "x=b"]}, "two artifacts"),
+        ({"artifact": "a", "telemetry_prompts": True}, "needs telemetry"),
     ],
 )
 def test_what_is_not_an_argument_is_refused(given, word):
-    with pytest.raises(UsageError, match=word):
-        ray_serve.read(given)
+    """Before Ray makes a replica, whose own refusal comes as Ray's traceback."""
+    with pytest.raises(UsageError, match=word) as caught:
+        ray_serve.read({"no_key": True, **given})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"no_key": "false"}, {"allowed_host": "example.org"}])
+def test_nobody_serves_everybody_without_saying_so(given):
+    """Where Ray's proxy listens is not for the application to see: http_options.host may be 0.0.0.0."""
+    with pytest.raises(UsageError, match="add api_key_file=FILE, or no_key=true"):
+        ray_serve.read({"artifact": "a", **given})
+    for said in ({"no_key": "true"}, {"api_key_file": "/run/keys"}):
+        assert ray_serve.read({"artifact": "a", **given, **said}).artifact == ["a"]
+
+
+def test_a_replica_logs_a_line_a_request_as_serve_does(monkeypatch):
+    """Ray gives nobody's loggers a handler, and may give the root's one: neither silence nor each line twice."""
+    text, logger, root = io.StringIO(), logging.getLogger(ray_serve.LOGGER), logging.getLogger()
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(text)])
+    monkeypatch.setattr(ray_serve.sys, "stderr", text)
+    with pytest.raises(UsageError, match="artifact"):
+        ray_serve.Replica({})
+    serve_guard.LOG.info("%s GET /ready 200 0.001 s", "abc")
+    assert re.fullmatch(r"[-\d]{10} [:,\d]{12} INFO abc GET /ready 200 0.001 s\n", text.getvalue())
+    assert ray_serve.FORMAT in inspect.getsource(ray_serve.serve_cli)
+
+
+@pytest.mark.parametrize(("given", "told"), [("af31-07", "af31-07"), ("a\tb", None), ("a" * 65, None), (None, None)])
+def test_an_answer_has_one_request_id_which_is_rays(given, told):
+    found, sent = [], []
+
+    async def app(scope, receive, send):
+        found.append(scope.get("state", {}).get("id"))
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"x-seed", b"1"), (b"X-Request-ID", b"o")]}
+        )
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [] if given is None else [(b"x-request-id", given.encode())]
+    asyncio.run(ray_asgi.under_ray(app)({"type": "http", "headers": headers}, None, send))
+    assert found == [told]
+    assert sent[0]["headers"] == [(b"x-seed", b"1")]
+
+
+def test_a_client_that_hangs_up_is_heard_though_ray_cancels_its_request():
+    """Cancelled, a request would be counted as one that the server ended: 503."""
+    found = []
+
+    async def app(scope, receive, send):
+        try:
+            found.append((await receive())["type"])
+            found.append((await receive())["type"])
+        except asyncio.CancelledError:
+            found.append("cancelled")
+            raise
+
+    async def ask():
+        messages = asyncio.Queue()
+        messages.put_nowait({"type": "http.request"})
+        work = asyncio.create_task(ray_asgi.under_ray(app)({"type": "http", "headers": []}, messages.get, None))
+        await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(ask())
+    assert found == ["http.request", "http.disconnect"]
+
+
+@without("ray")
+def test_what_is_refused_is_one_line_to_those_who_type_it():
+    """``serve run`` is click's: it prints click's errors, and the traceback of others."""
+    import click
+
+    with pytest.raises(UsageError, match="api_key_file") as caught:
+        ray_serve.app({"artifact": "a"})
+    assert isinstance(caught.value, click.ClickException)
+    assert caught.value.format_message() == str(caught.value)
+
+
+@without("ray")
+def test_on_ray_a_client_that_hangs_up_frees_its_place_and_the_log_says_so(once, tiny_artifact):
+    command = [sys.executable, Path(__file__).with_name("ray_replica.py"), tiny_artifact.folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["ids"]) == 1
+    assert dict(found["statuses"])["499"] == "1.0"
+    assert found["waiting"] == ["0.0"]
+    assert found["after"] == 200
+    log = "\n".join(found["log"])
+    assert [re.search(r"images/generations (\d+) ", line)[1] for line in found["log"]] == ["400", "499", "200"]
+    assert found["said"]["error"]["request_id"] in log
+    assert "secret" not in log
 
 
 def test_every_flag_of_serve_is_an_argument_but_for_its_socket():
@@ -105,21 +217,6 @@ def test_a_worker_that_is_started_again_is_no_reason_to_give_a_replica_up(monkey
             await replica.check_health()
 
     asyncio.run(checks())
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--ray-replicas", "2"], "--ray-replicas"),
-        (["--ray", "--ray-replicas", "0"], "1 or more"),
-        (["--ray", "--ray-gpus", "-1"], "0 or more"),
-    ],
-)
-def test_flags_of_batches_on_ray_that_are_not_allowed(flags, word):
-    parser = argparse.ArgumentParser()
-    batch_cli.configure(parser)
-    with pytest.raises(UsageError, match=word):
-        ray_batch.pool_of(parser.parse_args(["r.jsonl", "a", "-o", "d", *flags]))
 
 
 def check_serving(found):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import stat
+import threading
 import time
 
 import openai
 import pytest
+import serve_stub
 from batches import ENGINE, LONG, SAME, URL, apart, body, line, lines, results_of
 from openai.types import Batch, FileDeleted, FileObject
 from serving import serving
+
+from intaglio.profiles.errors import UsageError
 
 KEYS = {"first": "a-key-of-the-first-one", "second": "a-key-of-the-second-one"}
 SOON = 2.0  # seconds for a picture of 2 steps beside a batch; measured 0.13 to 0.28, and 2.6 if it did not go first
@@ -234,7 +238,7 @@ def test_there_is_room_for_so_many_files_and_bytes(tmp_path):
         store.append(output, b"123")
     with pytest.raises(NotFound):
         store.of("me", output.id)  # it is not whole
-    with store.arrival(2), pytest.raises(BadRequest), store.arrival(0):
+    with store.arrival("me", 2), pytest.raises(BadRequest), store.arrival("me", 0):
         pass
     assert store.end(output) == output.id
     assert store.of("me", output.id).path.read_bytes() == b"12345678"
@@ -282,3 +286,80 @@ def test_a_batch_whose_window_is_over_says_which_lines_it_did_not_make(tiny_arti
     assert found.request_counts.failed == len(late) == 10 - found.request_counts.completed
     assert {entry["error"]["code"] for entry in late.values()} == {"batch_expired"}
     assert "short" in results_of(store.of("me", found.output_file_id).path.read_text())
+
+
+def a_room(folder, owners, **limits):
+    """A room whose worker is not started, and what keeps its files."""
+    from intaglio.runtimes.serve_hub import Hub
+    from intaglio.runtimes.serve_limits import Limits
+    from intaglio.runtimes.serve_model import ModelSettings
+    from intaglio.runtimes.serve_room import Room
+    from intaglio.runtimes.serve_store import Store
+
+    hub, found = Hub([ModelSettings(name="one", folder=folder, backend="null")]), Limits(limits)
+    return Room(hub, found, owners=owners), Store(found, owners=owners)
+
+
+def test_of_several_keys_none_leaves_no_room_for_the_others(tmp_path):
+    from intaglio.runtimes.serve_errors import BadRequest, TooLarge
+
+    _, store = a_room(serve_stub.hollow(tmp_path / "one"), 2, batch_files=6, batch_held_bytes=100)
+    for _ in range(2):
+        store.begin("greedy", "x", None)
+    with (
+        store.arrival("greedy", 0),
+        pytest.raises(BadRequest, match="4 is more than the 3"),
+        store.arrival("greedy", 0),
+    ):
+        pass
+    with store.arrival("greedy", 50), store.arrival("modest", 50):
+        pass
+    with pytest.raises(TooLarge, match="51 is more than the 50"), store.arrival("greedy", 51):
+        pass
+    _, store = a_room(serve_stub.hollow(tmp_path / "two"), 1, batch_held_bytes=100)
+    with store.arrival("the only one", 100):
+        pass
+
+
+def test_unfinished_batches_are_few_and_do_not_take_the_threads_of_others(tmp_path, monkeypatch):
+    """``batch_unfinished``; a file that takes long to check keeps no other answer waiting, nor a span open."""
+    import intaglio.runtimes.serve_batches as module
+    from intaglio.runtimes.serve_errors import Busy
+    from intaglio.runtimes.serve_metrics import asked
+
+    room, store = a_room(serve_stub.hollow(tmp_path / "one"), 2, batch_unfinished=2)
+    go, threads, scopes = threading.Event(), set(), []
+
+    def slow(path, limits):
+        threads.add(threading.current_thread().name)
+        go.wait(20)
+        raise UsageError("that was no file")
+
+    async def run():
+        batches = module.Batches(room, store)
+        work = batches.work
+        batches.work = lambda record: seen(work(record))
+
+        async def seen(made):
+            scopes.append(asked.get())
+            await made
+
+        path = store.new_path()
+        path.write_text("x")
+        ident = store.add(path, "me", "x", "batch", None).id
+        wanted = module.BatchRequest(input_file_id=ident, endpoint=URL, completion_window="24h")
+        asked.set({"of": "the request that asked for it"})
+        records = [batches.create(wanted, "me") for _ in range(2)]
+        with pytest.raises(Busy, match="3 is more than the 2"):
+            batches.create(wanted, "me")
+        await asyncio.gather(*(asyncio.to_thread(time.sleep, 0) for _ in range(40)))
+        assert len(threads) == 1
+        go.set()
+        await asyncio.gather(*(record.task for record in records))
+        assert [record.status for record in records] == ["failed", "failed"]
+        await batches.create(wanted, "me").task
+
+    monkeypatch.setattr(module, "RequestFile", slow)
+    asyncio.run(run())
+    assert threads == {"batches_0"}
+    assert scopes == [None] * 3

@@ -20,7 +20,7 @@ import serve_stub
 from serve_stub import ending, order, started, until
 from serving import serving
 
-from intaglio.runtimes import serve_model
+from intaglio.runtimes import serve_faults, serve_model
 from intaglio.runtimes.serve_errors import Lost
 from intaglio.runtimes.serve_process import LoadFailed
 
@@ -124,6 +124,47 @@ def test_a_server_that_was_held_up_does_not_take_its_worker_for_dead(folder):
             assert len(await ending(ticket)) == 1
             await asyncio.sleep(1.5)  # a worker at rest is not overdue either
             assert only(hub).restarts == 0
+
+    asyncio.run(work())
+
+
+def test_a_worker_that_hangs_is_found_though_nobody_waits_for_long_and_sigterm_is_the_servers(folder):
+    """Deadlines earlier than the watchdog must not hide it: each would end before the worker was late.
+
+    systemd sends SIGTERM to every process of a service, and the server lets what is under way end.
+    """
+
+    async def work():
+        async with started(folder, seconds=STEP, watchdog=1.0) as hub:
+            pid = only(hub).process.pid
+            ticket = hub.submit(order("heart", steps=10))
+            await until(lambda: ticket.steps_done)
+            os.kill(pid, signal.SIGTERM)
+            assert len(await ending(ticket)) == 1
+            assert (only(hub).process.pid, only(hub).restarts) == (pid, 0)
+            os.kill(pid, signal.SIGSTOP)
+            end = time.monotonic() + 20
+            while not only(hub).restarts:
+                assert (await ending(hub.submit(order("heart", deadline=0.3)))).status in (503, 504)
+                assert time.monotonic() < end, "it was not found"
+            assert len(await ending(hub.submit(order("heart")))) == 1
+
+    asyncio.run(work())
+
+
+def test_a_worker_whose_engine_fails_every_request_is_made_anew(folder):
+    """After an illegal access every call on a GPU fails until the process ends. Too little memory is not that."""
+
+    async def work():
+        async with started(folder, seconds=STEP, concurrency=1) as hub:
+            pid = only(hub).process.pid
+            for word in ("memory", "memory", "memory", "defect", "defect", "heart", "defect"):
+                await ending(hub.submit(order(word)))
+            assert only(hub).process.pid == pid
+            for _ in range(serve_faults.MOST):
+                assert (await ending(hub.submit(order("broken")))).status == 500
+            await until(lambda: only(hub).restarts == 1)
+            assert len(await ending(hub.submit(order("heart")))) == 1
 
     asyncio.run(work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import http.client
 import http.server
 import itertools
@@ -17,6 +18,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import serve_stub
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from serving import serving
@@ -90,7 +92,6 @@ def test_the_counters_are_the_clients_own(server):
     expect("200", picture(server, n=2))
     expect("200", picture(server, seed=7))
     expect("200", picture(server, stream=True, partial_images=1))
-    expect("429", picture(server, {"X-Deadline-Seconds": "0.001"}, num_inference_steps=150))
     expect("400", picture(server, size="1x1"))
     expect("400", picture(server, unknown=1))
     expect("404", picture(server, model="none"))
@@ -100,6 +101,7 @@ def test_the_counters_are_the_clients_own(server):
     body = json.dumps({"prompt": PROMPT, "num_inference_steps": 150, "n": 2})
     gone.request("POST", PATH, body, {"Content-Type": "application/json"})
     until(server, lambda now: value(now, "intaglio_running", model="tiny") == 2)
+    expect("429", picture(server, {"X-Deadline-Seconds": "0.001"}, num_inference_steps=150))  # something is ahead
     gone.close()
     sent["499"] += 1
     after = until(server, lambda now: value(now, "intaglio_http_requests_total", protocol="openai", status="499"))
@@ -291,6 +293,13 @@ def spans(tiny_artifact):
             status, head, _ = await client.ask(**question, **headers)
             found[name] = status, head, exporter.get_finished_spans()
             exporter.clear()
+
+        async def line():
+            await hub.submit(serve_stub.order(steps=1, model="tiny")).result()
+
+        await asyncio.create_task(line(), context=contextvars.Context())
+        found["line"] = 200, {}, exporter.get_finished_spans()
+        exporter.clear()
         traces.prompts = True
         await client.ask(body={"prompt": PROMPT, "num_inference_steps": 1})
         found["prompt"] = 200, {}, exporter.get_finished_spans()
@@ -344,6 +353,15 @@ def test_failures_are_said_in_the_span(spans):
     assert made[0].status.status_code.name == "UNSET"
 
 
+def test_a_line_of_a_batch_is_a_span_of_its_own(spans):
+    """What asked for the batch was answered long ago."""
+    made = spans["line"][2]
+    (whole,) = [span for span in made if span.parent is None]
+    assert whole.name == "generate_content tiny"
+    assert sorted(span.name for span in made if span is not whole) == ["decode", "denoise", "encode", "queue"]
+    assert {span.context.trace_id for span in made} == {whole.context.trace_id}
+
+
 def test_other_requests_are_short_spans_and_health_is_none(spans):
     assert [span.name for span in spans["models"][2]] == ["GET /v1/models"]
     assert spans["models"][2][0].parent is None
@@ -384,6 +402,7 @@ def test_spans_leave_by_otlp_where_that_is_asked_for(tiny_artifact, monkeypatch)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")  # whose spans have paths that clients write
         for flags in ((), ("--telemetry",)):
             with serving(f"tiny={tiny_artifact.folder}", flags=(*FLAGS, *flags)) as running:
                 assert picture(running)[0] == 200

@@ -112,17 +112,27 @@ def test_a_gigabyte_is_refused_without_holding_it(server):
     assert ask(server, "GET", "/health")[0] == 200
 
 
-def test_connections_are_limited_and_come_back(server):
-    """``connections``"""
-    lines = []
+def test_connections_that_ask_nothing_keep_nobody_out(server):
+    """``connections``: the oldest of them is closed for who comes next."""
     with contextlib.ExitStack() as stack:
         for _ in range(12):
             line = stack.enter_context(socket.create_connection(address(server), timeout=20))
             line.sendall(b"GET")
-            lines.append(line)
+        time.sleep(0.2)
+        assert ask(server, "GET", "/health")[0] == 200
+        assert ask(server, "GET", "/v1/models")[0] == 200
+
+
+def test_connections_are_limited_and_come_back(server):
+    kind = "Content-Type: application/json"
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            line = stack.enter_context(socket.create_connection(address(server), timeout=20))
+            line.sendall(head(server, kind, "Content-Length: 500") + b"\r\n")
         time.sleep(0.2)
         status, headers, text = ask(server, "GET", "/v1/models")
         assert (status, json.loads(text)["error"]["request_id"]) == (503, headers["x-request-id"])
+        assert ask(server, "GET", "/health")[0] == ask(server, "HEAD", "/ready")[0] == 200
     time.sleep(0.3)
     assert ask(server, "GET", "/v1/models")[0] == 200
 

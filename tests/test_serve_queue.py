@@ -229,8 +229,8 @@ def test_a_full_queue_says_when_to_come_back_and_a_cancelled_request_gives_its_p
             hub.submit(order(client="a"))
         assert refused.value.status == 429
         assert int(refused.value.headers["Retry-After"]) >= 1
-        with pytest.raises(BadRequest, match=f"the queue holds {PLACES}"):
-            hub.submit(order(client="a", count=PLACES + 1))
+        with pytest.raises(BadRequest, match=f"{PLACES + 1} are the most that can run and wait"):
+            hub.submit(order(client="a", count=PLACES + 2))
         tickets[3].cancel()
         assert (await ending(tickets[3])).code == "cancelled"
         hub.submit(order(client="a"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import serve_stub
 from serve_stub import ending, order, started, until
 
 from intaglio.profiles import staging
-from intaglio.runtimes import serve_model
+from intaglio.profiles.artifact import generation_of
+from intaglio.runtimes import serve_swap
 from intaglio.runtimes.serve_errors import Lost
+from intaglio.runtimes.serve_process import LoadFailed
 
 SWAPS, CLIENTS, SEEDS = 4, 3, 3
 STEP = 0.002
@@ -23,7 +27,7 @@ STEP = 0.002
 def quick():
     serve_stub.findable()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve_model, "LOOK_SECONDS", 0.05)
+        patch.setattr(serve_swap, "LOOK_SECONDS", 0.05)
         yield
 
 
@@ -147,13 +151,56 @@ def test_a_picture_under_way_needs_nothing_of_the_folder(builds, tmp_path):
     asyncio.run(work())
 
 
+def test_a_build_that_could_not_be_loaded_is_tried_again_ever_more_rarely(builds, monkeypatch, caplog):
+    """Its copy had not ended, or there was no memory for it: no newer build comes then, though this one can be loaded.
+
+    Until it can, the log does not fill with it.
+    """
+    monkeypatch.setattr(serve_swap, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(serve_swap, "AGAIN_SECONDS", (0.05, 0.1))
+    folders, _ = builds
+    tries = []
+
+    class Served:
+        name, process, generation = "one", object(), "an earlier one"
+        settings = type("Settings", (), {"folder": folders[0]})
+
+        async def swap(self):
+            tries.append(time.monotonic())
+            if len(tries) < 5:
+                raise LoadFailed("the worker died while loading")
+            Served.generation = generation_of(folders[0])
+
+        def said(self, error):
+            return str(error)
+
+    async def make_way(model):
+        pass
+
+    async def work():
+        watcher = asyncio.create_task(serve_swap.watch(Served(), make_way))
+        await until(lambda: len(tries) == 5)
+        await asyncio.sleep(0.15)
+        watcher.cancel()
+
+    asyncio.run(work())
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert pauses[0] >= 0.05
+    assert min(pauses[1:]) >= 0.1
+    assert len(tries) == 5, "once loaded it is not loaded again"
+    assert [record.getMessage().rpartition("tried")[2] for record in caplog.records][:1] == [
+        " again in 0 s: the worker died while loading"
+    ]
+    assert len(caplog.records) == 4
+
+
 @contextlib.asynccontextmanager
 async def three(tmp_path, fits):
     """A hub of artifacts a, b and c, of which `fits` have room at once."""
     folders = [serve_stub.hollow(tmp_path / name, scaling_factor=1.0 + k) for k, name in enumerate("abc")]
     async with started(folders[0]) as hub:
         await ending(hub.submit(order()))
-        size = only(hub).measure()
+        size = only(hub).held()
     async with started(*folders, seconds=STEP, hub={"memory": int(size * (fits + 0.3))}) as hub:
         yield hub
 

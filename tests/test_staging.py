@@ -254,7 +254,7 @@ def mounted(tmp_path):
     mounts = []
 
     def call(*arguments):
-        place = tmp_path / f"mount{len(mounts)}"
+        place = tmp_path / f"mount {len(mounts)}"
         place.mkdir()
         done = subprocess.run(["mount", *arguments, place], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -285,6 +285,23 @@ def test_a_read_only_place_is_refused(tiny_checkpoint, tmp_path, mounted, intagl
     code, out, err = intaglio("build", tiny_checkpoint, "-o", place / "artifact")
     message = "cannot be written (Read-only file system); choose another output folder"
     assert (code, out, err) == (2, "", f"intaglio: {place / 'artifact'} {message}\n")
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="mount is not installed")
+@pytest.mark.parametrize("kind", ["of its own", "a bind of the same disk"])
+def test_a_mount_is_refused_before_anything_is_made(kind, tiny_checkpoint, tmp_path, mounted, refused):
+    """Its name cannot be given to another folder: EBUSY, and only after the whole build."""
+    make(tmp_path / "source file", "old")
+    where = ["-t", "tmpfs", "tmpfs"] if kind == "of its own" else ["--bind", str(tmp_path / "source file")]
+    place = mounted(*where)
+    (place / "manifest.json").write_text("old")
+    before = names(tmp_path)
+    refused("build", tiny_checkpoint, "-o", place, "--force", words=["is a mount", "mount its parent"])
+    with pytest.raises(UsageError, match="is a mount"), writing(place, force=True):
+        raise AssertionError("it began")
+    assert (names(tmp_path), text_of(place)) == (before, "old")
+    make(place / "artifact", "new")
+    assert text_of(place / "artifact") == "new"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
