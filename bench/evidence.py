@@ -46,8 +46,9 @@ LARGE_SOURCES = (
 )
 SERVE_SOURCES = (
     *(f"runtimes/{n}.py" for n in ("batching", "evaluation", "embedding_cache", "picture_files", "serve_admission")),
-    *(f"runtimes/serve_{n}.py" for n in ("app", "connection", "guard", "hub", "keys", "model", "openai", "pace")),
-    *(f"runtimes/serve_{n}.py" for n in ("process", "queue", "room", "ticket", "wire", "worker")),
+    *(f"runtimes/serve_{n}.py" for n in ("app", "body", "connection", "faults", "guard", "hub", "keys", "memory")),
+    *(f"runtimes/serve_{n}.py" for n in ("model", "openai", "pace", "process", "queue", "reader", "room", "swap")),
+    *(f"runtimes/serve_{n}.py" for n in ("ticket", "wire", "worker")),
     *("bench/evidence_serve.py", "bench/serve_load.py"),
 )
 CHECKS = {
