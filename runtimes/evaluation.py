@@ -77,21 +77,16 @@ def evaluate(engine: Engine, record: ComponentRecord, wanted: Evaluation) -> lis
 def batches(wanted: Sequence[Evaluation], record: ComponentRecord, limit: int) -> list[list[tuple[int, int]]]:
     """Which branches of which requests run together: lists of (request, branch), at most `limit` rows each.
 
-    Those of one request stay in one list where they may and fit, each in the first that has room. Only a branch that
-    has more rows than `limit` by itself is in a list that has more, alone.
+    Those of one request stay in one list where they fit, in the first that has room; also where alone they would be
+    separate calls. Only a branch that has more rows than `limit` by itself is in a list that has more, alone.
     """
     rows = batch_inputs(record)
     lists: dict[tuple[Any, ...], list[list[tuple[int, int]]]] = {}
     filled: dict[int, int] = {}
 
-    def put(kind: tuple[Any, ...], number: int, sizes: dict[int, int], *, apart: bool) -> None:
+    def put(kind: tuple[Any, ...], number: int, sizes: dict[int, int]) -> None:
         size, found = sum(sizes.values()), lists.setdefault(kind, [])
-        fitting = (
-            batch
-            for batch in found
-            if filled[id(batch)] + size <= limit and not (apart and any(n == number for n, _ in batch))
-        )
-        if (batch := next(fitting, None)) is None:
+        if (batch := next((batch for batch in found if filled[id(batch)] + size <= limit), None)) is None:
             found.append(batch := [])
         batch.extend((number, branch) for branch in sizes)
         filled[id(batch)] = filled.get(id(batch), 0) + size
@@ -101,9 +96,9 @@ def batches(wanted: Sequence[Evaluation], record: ComponentRecord, limit: int) -
         for branch, feeds in enumerate(evaluation.feeds):
             parts.setdefault(kind_of(feeds, rows), {})[branch] = height(feeds, rows)
         for kind, sizes in parts.items():
-            if evaluation.together and sum(sizes.values()) <= limit:
-                put(kind, number, sizes, apart=False)
+            if sum(sizes.values()) <= limit:
+                put(kind, number, sizes)
                 continue
             for branch, size in sizes.items():
-                put(kind, number, {branch: size}, apart=not evaluation.together)
+                put(kind, number, {branch: size})
     return [batch for of_kind in lists.values() for batch in of_kind]

@@ -36,8 +36,8 @@ CASES = {  # name -> (evaluations, limit, calls)
     "three branches in two rows": (
         [Evaluation(feeds=(feeds(),) * 3), ONE], 2, [[(0, 0), (0, 1)], [(0, 2), (1, 0)]],
     ),
-    "branches that stay apart share with others'": (
-        [guided(together=False), guided(together=False)], 8, [[(0, 0), (1, 0)], [(0, 1), (1, 1)]],
+    "those that are separate calls alone share here": (
+        [guided(together=False), guided(together=False)], 8, [[(0, 0), (0, 1), (1, 0), (1, 1)]],
     ),
     "branches that fit stay together": ([ONE, guided(), ONE], 2, [[(0, 0), (2, 0)], [(1, 0), (1, 1)]]),
     "a branch that is too much by itself": ([guided(3), ONE], 2, [[(0, 0)], [(0, 1)], [(1, 0)]]),

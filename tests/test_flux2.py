@@ -181,7 +181,8 @@ def test_statistics_are_the_batch_norms(artifact):
     settings = artifact.manifest.settings
     assert np.array_equal(np.float32(settings["latents_mean"]), tiny_flux2.BN_MEAN)
     deviation = torch.sqrt(torch.from_numpy(tiny_flux2.BN_VAR) + tiny_flux2.BN_EPS).numpy()
-    assert np.array_equal(np.float32(settings["latents_std"]), deviation)
+    # torch's sqrt is MKL's, which is an ulp off on some processors (AMD's): measured 8e-8 there, else 0.
+    np.testing.assert_allclose(np.float32(settings["latents_std"]), deviation, rtol=1.2e-7)
 
 
 def test_the_system_message_and_templates_are_diffusers(klein, dev):

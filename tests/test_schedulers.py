@@ -14,6 +14,9 @@ from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES, PRESETS, PROCESSES, 
 
 # Largest difference from diffusers in any latents of a trajectory, relative to the largest value of those latents.
 TOLERANCE = 1e-5  # measured: 2.7e-6 (euler, unipc), 2.3e-6 (dpmpp_2m_karras), at most 1.3e-6 for the others
+# torch's square root is MKL's, on some processors (AMD's) an ulp off. What that ulp of the reference becomes:
+COSINE_LCM = 3e-5  # measured 1.4e-5 on AMD, less than 1e-5 on Intel
+EULER_ZERO_SNR = 3e-3  # sigma 4096 in front of the stand-in's sine; measured 1.1e-3 on AMD, less than 1e-5 on Intel
 # torch's square root (MKL) is off by one unit in 577 of 100000 values, which zero-SNR rescaling carries into sigma;
 # sigma_down = sqrt(sigma^2 - sigma_up^2) then cancels three digits. Two processors differ as much within diffusers.
 ANCESTRAL_ZERO_SNR = 1e-3  # measured: 1.5e-4 at 4 linspace steps with v_prediction, at most 2.1e-6 elsewhere
@@ -148,7 +151,8 @@ def falls_off(name, config, steps):
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero_snr"])
 def test_trajectories_equal_diffusers(name, prediction, spacing, zero_snr, monkeypatch):
     config = {**SD15, "prediction_type": prediction, "timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr}
-    tolerance = ANCESTRAL_ZERO_SNR if name == "euler_a" and zero_snr else TOLERANCE
+    zero = {"euler_a": ANCESTRAL_ZERO_SNR, "euler": EULER_ZERO_SNR}
+    tolerance = zero.get(name, TOLERANCE) if zero_snr else TOLERANCE
     for steps in STEPS:
         if excluded(name, config, steps):
             with pytest.raises(Unsupported):
@@ -199,8 +203,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else ",".join(x))
 def test_options_equal_diffusers(name, options, monkeypatch):
+    cosine = name == "lcm" and options.get("beta_schedule") == "squaredcos_cap_v2"
     for steps in STEPS:
-        assert_near(compare(name, {**SD15, **options}, steps, monkeypatch), TOLERANCE, steps)
+        assert_near(compare(name, {**SD15, **options}, steps, monkeypatch), COSINE_LCM if cosine else TOLERANCE, steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
