@@ -172,7 +172,11 @@ def execution(artifact: Artifact, component: str, options: EngineOptions | None 
 
 
 def executed(compiled: Any, group: int) -> dict[str, int]:
-    """The same of a compiled model whose activations are quantized in groups of `group` (0: not)."""
+    """The same of a compiled model whose activations are quantized in groups of `group` (0: not).
+
+    The CPU plugin quantizes them on processors with VNNI alone; elsewhere they stay float32.
+    """
+    group = group if dot_products() else 0
     counts: dict[str, int] = {}
     for op in compiled.get_runtime_model().get_ops():
         layer = op.get_rt_info()["layerType"].astype(str)
@@ -199,12 +203,7 @@ def _product(op: Any, group: int) -> str:
 
 
 def _divides(group: int, op: Any) -> bool:
-    """Whether the CPU plugin quantizes the input of a FullyConnected with weights [N, K] and scales [N, K/block].
-
-    It does so on processors with VNNI alone; elsewhere the inputs stay float32.
-    """
-    if not dot_products():
-        return False
+    """Whether the CPU plugin quantizes the input of a FullyConnected with weights [N, K] and scales [N, K/block]."""
     channels, scales = op.input(1).get_partial_shape()[1], op.input(3).get_partial_shape()
     blocks = scales[1].get_length() if scales.rank.get_length() == 2 else 1
     return bool(channels.get_length() >= group and (blocks == 1 or channels.get_length() // blocks % group == 0))

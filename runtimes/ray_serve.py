@@ -34,7 +34,7 @@ LOAD_SECONDS = 1800.0  # that a replica may take until its artifacts are loaded
 # That a worker may take to be started again before the replica is given up: so many times its first start, at least.
 PATIENCE, PATIENCE_SECONDS = 3.0, 30.0
 ONE_PROCESS = ("batches",)  # protocols whose later requests must reach the replica that took the first one
-LOGGER, FORMAT = "intaglio.serve", "%(asctime)s %(levelname)s %(message)s"
+LOGGER = "intaglio.serve"
 FLAGS = ("no_key", "telemetry", "telemetry_prompts")  # that have no value on a command line
 
 
@@ -135,7 +135,7 @@ def check_as_serve(args: argparse.Namespace) -> None:
 def log_requests() -> None:
     """A line a request on stderr, as ``intaglio serve`` has it: Ray gives the loggers of others no handler."""
     logger, handler = logging.getLogger(LOGGER), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter(serve_cli.LOG_FORMAT))
     logger.handlers, logger.propagate = [handler], False  # once, whatever Ray does with the root's
     logger.setLevel(logging.INFO)
 

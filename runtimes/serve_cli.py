@@ -28,6 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEEP_ALIVE = 15  # seconds an idle connection stays open
 REQUEST_LINE = 4096  # bytes
 GOODBYE = 5  # seconds for the answers to what was given up at the end
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--host {args.host} lets other machines ask; add --api-key-file FILE, or --no-key if everybody may"
         )
-    logging.basicConfig(level=args.log.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=args.log.upper(), stream=sys.stderr, format=LOG_FORMAT)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)  # who is served when is ours to say
     hub = hub_of(args)

@@ -180,9 +180,9 @@ def test_patches_are_diffusers():
 def test_statistics_are_the_batch_norms(artifact):
     settings = artifact.manifest.settings
     assert np.array_equal(np.float32(settings["latents_mean"]), tiny_flux2.BN_MEAN)
-    deviation = torch.sqrt(torch.from_numpy(tiny_flux2.BN_VAR) + tiny_flux2.BN_EPS).numpy()
-    # torch's sqrt is MKL's, which is an ulp off on some processors (AMD's): measured 8e-8 there, else 0.
-    np.testing.assert_allclose(np.float32(settings["latents_std"]), deviation, rtol=1.2e-7)
+    variance = (torch.from_numpy(tiny_flux2.BN_VAR) + tiny_flux2.BN_EPS).numpy()
+    # NumPy's root: torch's is MKL's, an ulp off in some values, and in others on another processor.
+    assert np.array_equal(np.float32(settings["latents_std"]), np.sqrt(variance))
 
 
 def test_the_system_message_and_templates_are_diffusers(klein, dev):

@@ -13,13 +13,7 @@ from intaglio.runtimes.noise import Noise
 from intaglio.runtimes.schedulers import DIFFUSERS_CLASSES, PRESETS, PROCESSES, SchedulerConfig, make_scheduler
 
 # Largest difference from diffusers in any latents of a trajectory, relative to the largest value of those latents.
-TOLERANCE = 1e-5  # measured: 2.7e-6 (euler, unipc), 2.3e-6 (dpmpp_2m_karras), at most 1.3e-6 for the others
-# torch's square root is MKL's, on some processors (AMD's) an ulp off. What that ulp of the reference becomes:
-COSINE_LCM = 3e-5  # measured 1.4e-5 on AMD, less than 1e-5 on Intel
-EULER_ZERO_SNR = 3e-3  # sigma 4096 in front of the stand-in's sine; measured 1.1e-3 on AMD, less than 1e-5 on Intel
-# torch's square root (MKL) is off by one unit in 577 of 100000 values, which zero-SNR rescaling carries into sigma;
-# sigma_down = sqrt(sigma^2 - sigma_up^2) then cancels three digits. Two processors differ as much within diffusers.
-ANCESTRAL_ZERO_SNR = 1e-3  # measured: 1.5e-4 at 4 linspace steps with v_prediction, at most 2.1e-6 elsewhere
+TOLERANCE = 1e-5  # measured: 2.3e-6 (euler_a), 1.6e-6 (unipc), 1.5e-6 (dpmpp_2m_karras), 0 (ddim, euler, lcm)
 NAMES = PROCESSES["diffusion"]
 STEPS = (1, 2, 4, 20, 50)
 SPACINGS = ("leading", "linspace", "trailing")
@@ -40,6 +34,23 @@ SD15 = {
 REFERENCE = {ours: theirs for theirs, ours in DIFFUSERS_CLASSES.items()} | {
     "dpmpp_2m_karras": "DPMSolverMultistepScheduler"
 }
+
+
+@pytest.fixture(autouse=True)
+def rounded_square_roots(monkeypatch):
+    """torch's square root (MKL's) is an ulp off in 577 of 100000 values, and in others on another processor.
+
+    Zero-SNR rescaling carries that into a sigma of 4096, and what follows cancels three digits of it: 1.1e-3 on an AMD
+    EPYC, 1.5e-4 on an Intel Xeon. IEEE 754 allows one result, which NumPy has; with it diffusers is one reference.
+    """
+    power = torch.Tensor.__pow__
+
+    def root(x):
+        return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
+
+    monkeypatch.setattr(torch, "sqrt", root)
+    monkeypatch.setattr(torch.Tensor, "sqrt", root)
+    monkeypatch.setattr(torch.Tensor, "__pow__", lambda x, to: root(x) if to == 0.5 else power(x, to))
 
 
 def make(name, config, steps):
@@ -151,8 +162,6 @@ def falls_off(name, config, steps):
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["plain", "zero_snr"])
 def test_trajectories_equal_diffusers(name, prediction, spacing, zero_snr, monkeypatch):
     config = {**SD15, "prediction_type": prediction, "timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr}
-    zero = {"euler_a": ANCESTRAL_ZERO_SNR, "euler": EULER_ZERO_SNR}
-    tolerance = zero.get(name, TOLERANCE) if zero_snr else TOLERANCE
     for steps in STEPS:
         if excluded(name, config, steps):
             with pytest.raises(Unsupported):
@@ -163,7 +172,7 @@ def test_trajectories_equal_diffusers(name, prediction, spacing, zero_snr, monke
                 compare(name, config, steps, monkeypatch)
             assert_finite(name, config, steps)
         else:
-            assert_near(compare(name, config, steps, monkeypatch), tolerance, steps)
+            assert_near(compare(name, config, steps, monkeypatch), TOLERANCE, steps)
 
 
 OPTIONS = [
@@ -203,9 +212,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else ",".join(x))
 def test_options_equal_diffusers(name, options, monkeypatch):
-    cosine = name == "lcm" and options.get("beta_schedule") == "squaredcos_cap_v2"
     for steps in STEPS:
-        assert_near(compare(name, {**SD15, **options}, steps, monkeypatch), COSINE_LCM if cosine else TOLERANCE, steps)
+        assert_near(compare(name, {**SD15, **options}, steps, monkeypatch), TOLERANCE, steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
