@@ -28,6 +28,7 @@ QUEUE, PLACES = 64, 24  # pictures that may wait, and the deadline in pictures a
 STEPS = 4
 SOAK, WARM = 1000, 200  # pictures, and after how many of them nothing may grow any more
 CASES, EXAMPLES, SEEDS = 10_000, 40, 50  # of schemathesis: in all, of an operation in a run, runs at most
+ERROR_CHARACTERS = 1000  # of an error of schemathesis' own that are kept
 FUZZ_LIMITS = {"steps": 4, "pixels": 128 * 128, "pictures": 2}
 # No schema says which sizes and schedulers an artifact has: such a value is 400 and the line names what is allowed.
 FUZZ_CONFIG = """
@@ -88,6 +89,7 @@ def overload(server: Served) -> dict[str, Any]:
         "p99": rounded(percentile(accepted, 99)),
         "refused_p99": rounded(percentile([reply for reply in found if reply.status == 429], 99)),
         "late": rounded(sum(reply.status == 504 for reply in accepted) / len(accepted)),
+        "late_by_tenths": [counted(tenth).get("504", 0) for tenth in tenths(found)],
         "growth": {role: growth(samples) for role, samples in watch.samples.items()},
     }
 
@@ -95,6 +97,11 @@ def overload(server: Served) -> dict[str, Any]:
 def counted(replies: Sequence[Reply]) -> dict[str, int]:
     """How many have which status."""
     return dict(sorted(collections.Counter(str(reply.status) for reply in replies).items()))
+
+
+def tenths(replies: Sequence[Reply]) -> list[Sequence[Reply]]:
+    """They are in the order of asking: ten parts of the time."""
+    return [replies[k * len(replies) // 10 : (k + 1) * len(replies) // 10] for k in range(10)]
 
 
 def seconds_of(replies: Sequence[Reply]) -> float:
@@ -169,6 +176,7 @@ def measure_fuzz() -> dict[str, Any]:
     need("schemathesis", extra="dev")
     flags = [word for name, value in FUZZ_LIMITS.items() for word in ("--limit", f"{name}={value}")]
     totals: collections.Counter[str] = collections.Counter()
+    errors: list[str] = []
     with emoji({}, "onnx") as artifact, served(artifact, "--backend", "null", "--queue", "256", *flags) as server:
         seeds = 0
         while totals["cases"] < CASES and seeds < SEEDS:
@@ -176,7 +184,7 @@ def measure_fuzz() -> dict[str, Any]:
             report = fuzz(server, seeds)
             totals["cases"] += report["test_cases"]["generated"]
             totals["operations"] = report["operations"]["tested"]
-            totals["errors"] += len(report["errors"])
+            errors.extend(f"seed {seeds}: {json.dumps(error)[:ERROR_CHARACTERS]}" for error in report["errors"])
             totals.update({f"failed: {found['title']}": found["count"] for found in report["failures"]})
         statuses = server.statuses()
         alive = server.process.poll() is None
@@ -186,7 +194,7 @@ def measure_fuzz() -> dict[str, Any]:
         "operations": totals["operations"],
         "runs": seeds,
         "failures": failures,
-        "errors": totals["errors"],
+        "errors": errors,
         "statuses": statuses,
         "server_errors": {status: count for status, count in statuses.items() if status.startswith("5")},
         "alive": alive,

@@ -162,7 +162,7 @@ def rate(server: Served) -> float:
     Raises:
         ToolError: a request failed.
     """
-    replies, seconds = asyncio.run(by_clients(server.address, CLIENTS, REQUESTS // 4, small))
+    replies, seconds = asyncio.run(by_clients(server.address, CLIENTS, REQUESTS // 2, small))
     if any(reply.status != ANSWERED for reply in replies):
         raise ToolError("the server refused a request")
     return len(replies) / seconds

@@ -20,9 +20,9 @@ BACKENDS = ("openvino", "onnxruntime")
 THREADS = os.cpu_count() or 1
 PAIRS, SIDE, STEPS = 14, 256, 20  # pictures a side of the comparison with the bare loop
 CLIENTS = (1, 2, 4, 8)
-PICTURES, SHORT = 12, 8  # of a cell of the comparison of queues, and their steps
+PICTURES, SHORT = 4, 8  # of a cell of the comparison of queues at least, and their steps
 SMALL = 128  # pixels along a side of those
-ROUNDS = 2  # of the whole comparison, in turns
+ROUNDS = 9  # of the whole comparison, in turns
 
 
 def measure() -> dict[str, Any]:
@@ -103,15 +103,14 @@ def batching(artifact: Path, backend: str) -> dict[str, Any]:
             for clients in CLIENTS:
                 for side in sorted(servers, reverse=bool(turn % 2)):
                     found[side][clients].append(rate(servers[side], clients, turn))
+    gains = {n: [a / b for a, b in zip(found["together"][n], found["alone"][n], strict=True)] for n in CLIENTS}
     return {
         "size": f"{SMALL}x{SMALL}",
         "steps": SHORT,
         "pictures_per_second": {
-            side: {str(n): rounded(statistics.mean(v)) for n, v in rows.items()} for side, rows in found.items()
+            side: {str(n): rounded(statistics.median(v)) for n, v in rows.items()} for side, rows in found.items()
         },
-        "gain": {
-            str(n): rounded(statistics.mean(found["together"][n]) / statistics.mean(found["alone"][n])) for n in CLIENTS
-        },
+        "gain": {str(n): as_json(summary(gains[n])) for n in CLIENTS},  # the median of the rounds' ratios, its interval
     }
 
 
@@ -121,7 +120,7 @@ def rate(server: Served, clients: int, turn: int) -> float:
     Raises:
         ToolError: a request failed.
     """
-    count = max(PICTURES // 2, 2 * clients)
+    count = max(PICTURES, 2 * clients)
     replies, seconds = asyncio.run(
         by_clients(server.address, clients, count, lambda k: body(1000 * turn + 100 * clients + k, SMALL, SHORT))
     )

@@ -142,7 +142,7 @@ class Hub:
         if order.ident in self.tickets:
             raise BadRequest(f"request id {order.ident!r} is under way already")
         steps = request.num_inference_steps
-        work = Work(steps, request.width * request.height * steps)
+        work = Work(steps, request.width * request.height * steps, 1)
         limit = self.settings.deadline if order.deadline is None else min(order.deadline, self.settings.deadline)
         check_time(self, model, order, work, limit)
         make_places(self, model, order)

@@ -57,7 +57,7 @@ def test_ten_thousand_generated_requests_break_nothing():
     assert figures["cases"] >= CASES
     assert figures["server_errors"] == {}
     assert figures["failures"] == {}
-    assert figures["errors"] == 0
+    assert figures["errors"] == []
     assert figures["statuses"]["200"] > 100
     assert figures["alive"]
 
@@ -67,9 +67,9 @@ def test_serving_costs_little_and_sharing_calls_gains():
     assert figures["overhead"]["paired"]["median"] <= OVERHEAD
     assert figures["overhead"]["paired"]["n"] >= 10
     for backend, row in figures["batching"].items():
-        assert row["gain"]["1"] >= ALONE, backend
-        assert row["gain"]["4"] >= GAIN, backend
-        assert row["gain"]["8"] >= GAIN, backend
+        assert row["gain"]["1"]["median"] >= ALONE, backend
+        assert row["gain"]["4"]["median"] >= GAIN, backend
+        assert row["gain"]["8"]["median"] >= GAIN, backend
 
 
 def test_other_people_s_load_generators_find_no_error():

@@ -25,6 +25,15 @@ def loaded(hub):
     return "".join(name for name, model in hub.models.items() if model.process is not None)
 
 
+def pace_of(seconds):
+    """What is known where a step took so many."""
+    pace = Pace()
+    pace.begin(0.0)
+    pace.step(Work(1, 1, 0.25))
+    pace.tick(seconds, busy=False)
+    return pace
+
+
 def begun(ticket):
     return all(job.process is not None for job in ticket.jobs.values())
 
@@ -201,7 +210,7 @@ def test_a_full_queue_says_to_come_back_when_those_that_fill_it_are_done(folders
     async def work():
         async with imagined(*folders[:2], concurrency=1, hub={"queue": 2, "deadline": 1000.0}) as hub:
             a, b = hub.models.values()
-            a.pace = Pace(seconds=1.0, done=Work(1, 1))  # a step takes a second, a picture has four
+            a.pace = pace_of(1.0)  # a step takes a second, a picture has four
             for _ in range(3):
                 hub.submit(order(model="a", client="x"))
             b.process.alive = False
@@ -218,7 +227,7 @@ def test_nothing_is_refused_by_its_time_where_nothing_is_ahead_of_it(folders):
     async def work():
         async with imagined(folders[0], concurrency=1) as hub:
             (model,) = hub.models.values()
-            model.pace = Pace(seconds=1e6, done=Work(1, 1))
+            model.pace = pace_of(1e6)
             first = hub.submit(order())
             assert begun(first)
             with pytest.raises(Busy, match="what is ahead"):

@@ -125,7 +125,7 @@ def test_neither_higher_priorities_nor_what_has_begun_make_room():
 
 
 def test_pace_counts_work_and_neither_rest_nor_a_worker_that_is_gone():
-    pace, step = Pace(), Work(1, 4)
+    pace, step = Pace(), Work(1, 4, 0.25)
     assert pace.estimate(step) == 0  # nothing is known
     now = 0.0
     for rest in (0.0, 1000.0, 5000.0):
@@ -148,10 +148,45 @@ def test_small_pictures_do_not_make_large_ones_look_hopeless():
     """Nor the other way round: what a step costs beside its pixels is not known from one size."""
     pace = Pace()
     pace.begin(0.0)
-    pace.step(Work(10, 10 * 64 * 64))
+    pace.step(Work(10, 10 * 64 * 64, 1))
     pace.tick(10.0, busy=True)
-    assert pace.estimate(Work(10, 10 * 1024 * 1024)) == pytest.approx(10.0)
-    assert pace.estimate(Work(10, 10 * 32 * 32)) == pytest.approx(2.5)
+    assert pace.estimate(Work(10, 10 * 1024 * 1024, 1)) == pytest.approx(10.0)
+    assert pace.estimate(Work(10, 10 * 32 * 32, 1)) == pytest.approx(2.5)
+
+
+class Worker:
+    """A picture has four steps, which take `seconds` each, and so many seconds without a step after them."""
+
+    def __init__(self, decode=0.0):
+        self.pace, self.now, self.decode = Pace(), 0.0, decode
+        self.pace.begin(self.now)
+
+    def work(self, seconds, pictures):
+        """What the pace says of a picture after each round of the last of so many."""
+        said = []
+        for _ in range(pictures):
+            said.clear()
+            for passed, step in [(seconds, Work(1, 4, 0.25))] * 4 + [(self.decode, Work())]:
+                self.now += passed
+                self.pace.step(step)
+                self.pace.tick(self.now, busy=True)
+                said.append(self.pace.estimate(Work(4, 16, 1)))
+        return said
+
+
+def test_pace_follows_a_slower_machine_within_a_queue_s_length_and_no_fast_stretch():
+    worker = Worker()
+    assert worker.work(0.05, 600) == pytest.approx([0.2] * 5)
+    assert worker.work(0.1, 15)[-1] > 0.28  # after 6 s; by the long memory alone it is 0.21
+    assert worker.work(0.1, 30)[-1] > 0.38
+    assert worker.work(0.05, 60)[-1] > 0.22, "what was for a minute is not forgotten for 12 seconds"
+    assert worker.work(0.05, 1500) == pytest.approx([0.2] * 5, rel=0.02)
+
+
+def test_pace_is_no_slower_while_a_large_picture_is_decoded():
+    """A round that takes longer than a memory has seconds, and has no steps."""
+    worker = Worker(decode=40.0)
+    assert all(48.0 < said < 1.4 * 60.0 for said in worker.work(5.0, 100))
 
 
 @pytest.fixture(scope="module")
