@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# A measurement counts 1/e after so many seconds of work and so many pictures, whichever come later: a round that decodes
-# has no steps. What a machine has become slower by shows in the short one within a queue's length; the long one does not
-# take a fast stretch of a noisy machine for its pace.
+# A measurement counts 1/e after so many seconds of work and so many pictures, whichever come later: a round that
+# decodes has no steps. What a machine has become slower by shows in the short one within a queue's length; the long one
+# does not take a fast stretch of a noisy machine for its pace.
 MEMORIES = ((6.0, 8.0), (60.0, 24.0))
 
 
