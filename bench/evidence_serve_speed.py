@@ -18,7 +18,7 @@ from intaglio.profiles.errors import ToolError
 
 BACKENDS = ("openvino", "onnxruntime")
 THREADS = os.cpu_count() or 1
-PAIRS, SIDE, STEPS = 14, 256, 20  # pictures a side of the comparison with the bare loop
+PAIRS, SIDE, STEPS = 40, 256, 20  # pictures a side of the comparison with the bare loop
 CLIENTS = (1, 2, 4, 8)
 PICTURES, SHORT = 4, 8  # of a cell of the comparison of queues at least, and their steps
 SMALL = 128  # pixels along a side of those
