@@ -28,7 +28,7 @@ QUEUE, PLACES = 64, 24  # pictures that may wait, and the deadline in pictures a
 STEPS = 4
 SOAK, WARM = 1000, 200  # pictures, and after how many of them nothing may grow any more
 CASES, EXAMPLES, SEEDS = 10_000, 40, 50  # of schemathesis: in all, of an operation in a run, runs at most
-ERROR_CHARACTERS = 1000  # of an error of schemathesis' own that are kept
+ERROR_CHARACTERS = 1000  # of a run's errors of schemathesis' own that are kept
 FUZZ_LIMITS = {"steps": 4, "pixels": 128 * 128, "pictures": 2}
 # No schema says which sizes and schedulers an artifact has: such a value is 400 and the line names what is allowed.
 FUZZ_CONFIG = """
@@ -184,7 +184,8 @@ def measure_fuzz() -> dict[str, Any]:
             report = fuzz(server, seeds)
             totals["cases"] += report["test_cases"]["generated"]
             totals["operations"] = report["operations"]["tested"]
-            errors.extend(f"seed {seeds}: {json.dumps(error)[:ERROR_CHARACTERS]}" for error in report["errors"])
+            if report["errors"]:
+                errors.append(f"seed {seeds}: {report['said'][:ERROR_CHARACTERS]}")
             totals.update({f"failed: {found['title']}": found["count"] for found in report["failures"]})
         statuses = server.statuses()
         alive = server.process.poll() is None
@@ -202,7 +203,10 @@ def measure_fuzz() -> dict[str, Any]:
 
 
 def fuzz(server: Served, seed: int) -> dict[str, Any]:
-    """One run; schemathesis' own report.
+    """One run; schemathesis' own report, and as ``said`` what it printed of its own errors.
+
+    By one thread: Python 3.11 counts the depth of its parser for all of them (CPython issue 106905), so that Hypothesis
+    fails now and then where there are two.
 
     Raises:
         ToolError: it made none.
@@ -213,11 +217,11 @@ def fuzz(server: Served, seed: int) -> dict[str, Any]:
         url = f"http://{server.address[0]}:{server.address[1]}/openapi.json"
         command = [
             sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", url, "--checks", "all",
-            "--max-examples", str(EXAMPLES), "--workers", "2", "--seed", str(seed), "--continue-on-failure",
+            "--max-examples", str(EXAMPLES), "--workers", "1", "--seed", str(seed), "--continue-on-failure",
             "--no-shrink", "--generation-database", "none", "--report", "json", "--report-json-path", str(report),
         ]  # fmt: skip
         done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
         if not report.exists():
             raise ToolError(f"schemathesis made no report: {' '.join((done.stdout + done.stderr).split())[-300:]}")
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return found
+        return {**found, "said": " ".join(done.stdout.partition(" ERRORS ")[2].split())}

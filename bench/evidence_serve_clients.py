@@ -32,6 +32,7 @@ SIZE = "128x128"
 LATENCY, SECONDS = 3000, 60  # of LoadGen's server scenario: milliseconds that 99 of 100 may take, and its length
 QUERIES = 500  # or more: LoadGen's early stopping wants 459 at the 99th percentile
 BUSY = 1.1  # pictures a second over those of one client after the other: only shared calls keep up with that
+ALONE, TRIES = 40, 3  # pictures of that one client, before and after; runs until LoadGen finds one valid
 # AIPerf's runs: further words of its command.
 RUNS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -61,29 +62,41 @@ def url_of(server: Served) -> str:
 
 
 def loadgen(server: Served) -> dict[str, Any]:
-    """LoadGen's server scenario at its own choice of a rate, and at more than requests one by one could be made."""
+    """LoadGen's server scenario at its own choice of a rate, and at more than requests one by one could be made.
+
+    On a machine that becomes slower within a minute the second may be more than the server can do: it is tried again,
+    and what was tried before is in ``before``.
+    """
+    found = {"half": scenario(server), "busy": {}}
+    tried: list[dict[str, Any]] = []
+    while len(tried) < TRIES and not (tried and tried[-1]["valid"]):
+        rates = [rate(server, 1, ALONE)]
+        run = scenario(server, BUSY * rates[0])
+        rates.append(rate(server, 1, ALONE))
+        tried.append({**run, "of_one_by_one": rounded(BUSY * rates[0] / (sum(rates) / len(rates)))})
+    found["busy"] = {**tried[-1], "before": tried[:-1]}
+    return found
+
+
+def scenario(server: Served, target_qps: float | None = None) -> dict[str, Any]:
+    """One run of LoadGen."""
     changes = (f"min_duration={SECONDS * 1000}", f"target_latency={LATENCY}", "target_latency_percentile=99")
     rules = read_rules("short", "server", (*changes, f"min_query_count={QUERIES}"))
     subject = subject_of_server(Server(url_of(server), None, {"num_inference_steps": STEPS, "size": SIZE}), seed=0)
-    found: dict[str, Any] = {}
-    rate = None
-    for name in ("half", "busy"):
-        with tempfile.TemporaryDirectory(prefix="intaglio-loadgen-") as folder:
-            report = measure_scenario("server", rules, PROMPTS, subject, Path(folder), target_qps=rate)
-        rate = BUSY * report["rate"]["measured"]
-        found[name] = {
-            "valid": report["valid"],
-            "why": report["why"],
-            "metric": report["metric"]["name"],
-            "queries_per_second": rounded(report["metric"]["value"]),
-            "of_one_by_one": rounded(report["rate"]["told"] / report["rate"]["measured"]),
-            "samples": report["latency_s"]["n"],
-            "p50": rounded(report["latency_s"]["median"]),
-            "p90": rounded(report["latency_s"]["p90"]),
-            "most": rounded(report["latency_s"]["most"]),
-            "clocks_agree": report["cross_check"]["agree"],
-        }
-    return found
+    with tempfile.TemporaryDirectory(prefix="intaglio-loadgen-") as folder:
+        report = measure_scenario("server", rules, PROMPTS, subject, Path(folder), target_qps=target_qps)
+    return {
+        "valid": report["valid"],
+        "why": report["why"],
+        "metric": report["metric"]["name"],
+        "queries_per_second": rounded(report["metric"]["value"]),
+        "of_one_by_one": rounded(report["rate"]["told"] / report["rate"]["measured"]),
+        "samples": report["latency_s"]["n"],
+        "p50": rounded(report["latency_s"]["median"]),
+        "p90": rounded(report["latency_s"]["p90"]),
+        "most": rounded(report["latency_s"]["most"]),
+        "clocks_agree": report["cross_check"]["agree"],
+    }
 
 
 def environment() -> str:
@@ -156,13 +169,13 @@ def errors(records: Sequence[str]) -> Mapping[str, int]:
     return found
 
 
-def rate(server: Served) -> float:
-    """Pictures a second that our own client gets.
+def rate(server: Served, clients: int = CLIENTS, count: int = REQUESTS // 2) -> float:
+    """Pictures a second that our own client gets, as so many at once.
 
     Raises:
         ToolError: a request failed.
     """
-    replies, seconds = asyncio.run(by_clients(server.address, CLIENTS, REQUESTS // 2, small))
+    replies, seconds = asyncio.run(by_clients(server.address, clients, count, small))
     if any(reply.status != ANSWERED for reply in replies):
         raise ToolError("the server refused a request")
     return len(replies) / seconds
