@@ -31,9 +31,10 @@ CLIENTS, REQUESTS, THREADS = 4, 200, 1
 SIZE = "128x128"
 LATENCY, SECONDS = 3000, 60  # of LoadGen's server scenario: milliseconds that 99 of 100 may take, and its length
 QUERIES = 500  # or more: LoadGen's early stopping wants 459 at the 99th percentile
-# Pictures a second over those of one client after the other: only shared calls keep up with more than 1.
+# Pictures a second over those of one client after the other; only shared calls keep up with more than 1.
 SHARES = {"half": 0.5, "busy": 1.1}
-ALONE, TRIES = 40, 3  # pictures of that one client, before and after; runs until LoadGen finds one valid
+NEAR = 0.95  # of such a share that a run has to have asked for at least: what one client gets differs before and after
+ALONE, TRIES = 40, 4  # pictures of that one client, before and after; runs until LoadGen finds one valid
 # AIPerf's runs: further words of its command.
 RUNS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -65,16 +66,16 @@ def url_of(server: Served) -> str:
 def loadgen(server: Served) -> dict[str, Any]:
     """LoadGen's server scenario at half of the pictures a second that one client gets, and at more than all of them.
 
-    On a machine that becomes slower within a minute, or stands still, a run may ask for more than the server can do: it
-    is repeated, and what was tried before is in ``before``.
+    On a machine that becomes slower within a minute, or stands still, a run asks for more than the server can do; on one
+    that becomes faster for less than it was to. It is repeated, and what was tried before is in ``before``.
     """
     return {name: until_valid(server, share) for name, share in SHARES.items()}
 
 
 def until_valid(server: Served, share: float) -> dict[str, Any]:
-    """Runs at `share` of what one client got just before it, until one is valid."""
+    """Runs at `share` of what one client got just before it, until one is valid and did ask for so much."""
     tried: list[dict[str, Any]] = []
-    while len(tried) < TRIES and not (tried and tried[-1]["valid"]):
+    while len(tried) < TRIES and not (tried and tried[-1]["valid"] and tried[-1]["of_one_by_one"] >= NEAR * share):
         rates = [rate(server, 1, ALONE)]
         run = scenario(server, share * rates[0])
         rates.append(rate(server, 1, ALONE))
