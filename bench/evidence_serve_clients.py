@@ -66,8 +66,8 @@ def url_of(server: Served) -> str:
 def loadgen(server: Served) -> dict[str, Any]:
     """LoadGen's server scenario at half of the pictures a second that one client gets, and at more than all of them.
 
-    On a machine that becomes slower within a minute, or stands still, a run asks for more than the server can do; on one
-    that becomes faster for less than it was to. It is repeated, and what was tried before is in ``before``.
+    On a machine that becomes slower within a minute, or stands still, a run asks for more than the server can do; on
+    one that becomes faster for less than it was to. It is repeated, and what was tried before is in ``before``.
     """
     return {name: until_valid(server, share) for name, share in SHARES.items()}
 
