@@ -11,7 +11,7 @@ from intaglio.bench.evidence_serve import CASES, SOAK, TIMES, percentile
 from intaglio.bench.evidence_serve_clients import QUERIES, REQUESTS, RUNS
 from intaglio.bench.serve_load import Held, Reply
 
-OVERHEAD = 1.03  # a served picture over the bare loop's; measured 1.010 and 1.027
+OVERHEAD = 1.03  # a served picture over the bare loop's; measured 1.010 to 1.027
 LATE = 0.01  # of the accepted requests: those that end at their deadline without a picture
 FLAT, FLAT_SOAK = 1.05, 1.03  # memory at the end over memory after a fifth of the time; measured 1.005 and 1.000
 GAIN = 1.05  # pictures a second, sharing calls over one at a time, from four clients on; measured 1.25 to 1.32
