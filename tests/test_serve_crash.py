@@ -205,7 +205,7 @@ def test_the_time_without_a_worker_is_not_taken_for_its_pace(folder, monkeypatch
             return only(hub).pace
 
     pace = asyncio.run(work())
-    assert pace.seconds < 1.0  # of some thirty steps
+    assert max(measured.seconds for measured in pace.measured) < 1.0  # of some thirty steps
 
 
 def loading_badly(tmp_path, name, code):
