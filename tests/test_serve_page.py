@@ -398,7 +398,7 @@ def test_errors_are_one_line_at_their_field_in_both_languages(tab):
     tab.click("#language")
     write(tab, width=64, seed="9" * 20)
     tab.press("Enter", ctrl=True)
-    tab.wait(f"{ERROR}.startsWith('请求有误：seed 9')")
+    tab.wait(f"{ERROR}.startsWith('请求有误：seed: 9')")
     assert tab.run("document.getElementById('error').getClientRects().length") == 1
     assert tab.complaints == ["Failed to load resource: the server responded with a status of 400 (Bad Request)"]
     tab.complaints.clear()  # which is the browser's own note
